@@ -1,0 +1,195 @@
+"""Find windows in the signal lake and read their states. Knows Parquet and the layout; knows no losses, batches or SQL.
+
+Shards never change once they are in place, so what was read of one is remembered. A shard that can't be read is skipped and reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tide_pipeline.capture.encode import window_digest
+from tide_pipeline.capture.layout import TARGET_KEY, live_shards, scan, targets, written_at
+from tide_pipeline.capture.schema import SIGNALS_SCHEMA, bf16_tensor
+from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
+from tide_pipeline.errors import CorruptShard, NotEnoughSignals
+
+__all__ = ["WindowIndex", "WindowStates", "count_rows", "list_windows", "live_shards", "read_states"]
+
+_log = logging.getLogger(__name__)
+
+_SMALL = ("schema_version", "request_id", "tenant", "workload", "draft_version", "engine_digest", "start_pos", "num_rows",
+          "num_prompt_tokens", "sampling", "closed_at")
+_STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "taps", "final", "digest")
+
+
+@dataclass(frozen=True)
+class WindowIndex:
+    """Windows, newest first, and what could not be read on the way."""
+
+    windows: list[SignalWindow]
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    other_engines: int = 0                 # windows passed over because another engine made them
+
+    @property
+    def num_rows(self) -> int:
+        return sum(window.num_rows for window in self.windows)
+
+
+@dataclass(frozen=True)
+class WindowStates:
+    """One window in memory. Row t: taps and final state of token_ids[t]; token_ids has one more entry than there are rows."""
+
+    window: SignalWindow
+    token_ids: Tensor                      # int64 [T + 1]
+    taps_TG: Tensor                        # bf16 [T, num_taps * D]
+    final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
+
+
+def list_windows(signals_root: Path, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
+                 engine_digest: str | None = None, max_windows: int | None = None) -> WindowIndex:
+    """Windows of `target` that match, newest first; [] when none does.
+
+    Raises:
+        NotEnoughSignals: the lake holds nothing at all for this target.
+        LakeError: the lake can't be listed.
+    """
+    shards, skipped = scan(signals_root, target, since)
+    if not shards and not skipped and (since is None or not scan(signals_root, target)[0]):
+        others = ", ".join(targets(signals_root))
+        raise NotEnoughSignals(f"no signals of target {target!r} under {signals_root}: serve traffic with capture.mode auto or on"
+                               + (f", or name one of the targets there: {others}" if others else ""))
+    found: list[SignalWindow] = []
+    other_engines = 0
+    for shard in reversed(shards):         # newest shard first
+        if max_windows is not None and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
+            break                          # no row of this shard, or of an older one, closed later than what we have
+        for window in _readable_windows(shard, target, skipped):
+            if (workloads is not None and window.workload not in workloads) or (since is not None and window.closed_at < since):
+                continue
+            if engine_digest is not None and window.engine_digest != engine_digest:
+                other_engines += 1
+                continue
+            found.append(window)
+        found.sort(key=lambda window: window.closed_at, reverse=True)
+        del found[max_windows if max_windows is not None else len(found):]
+    return WindowIndex(found, skipped, other_engines)
+
+
+def count_rows(signals_root: Path, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
+               engine_digest: str | None = None) -> int:
+    """Captured token rows that match; 0 for an empty or missing lake. Raises LakeError when it can't be listed."""
+    try:
+        return list_windows(signals_root, target, workloads=workloads, since=since, engine_digest=engine_digest).num_rows
+    except NotEnoughSignals:
+        return 0
+
+
+def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,
+                on_skip: Callable[[SignalWindow, str], None] | None = None) -> Iterator[WindowStates]:
+    """States of `windows`, shard by shard (each opened once, one row group in memory at a time), each checked against its digest.
+
+    A window that is damaged or gone is passed to `on_skip` (default: a warning in the log); with `strict` it raises CorruptShard.
+    """
+    by_shard: dict[str, list[SignalWindow]] = {}
+    for window in windows:
+        by_shard.setdefault(window.uri, []).append(window)
+    for uri, wanted in by_shard.items():
+        for window, result in _read_shard(uri, sorted(wanted, key=lambda window: window.row)):
+            if isinstance(result, WindowStates):
+                yield result
+            elif strict:
+                raise CorruptShard(f"{uri}, row {window.row}: {result}; move the shard out of the lake, or read without strict")
+            elif on_skip is not None:
+                on_skip(window, result)
+            else:
+                _log.warning("skipped a window: %s, row %d: %s", uri, window.row, result)
+
+
+def _readable_windows(shard: Path, target: str, skipped: list[tuple[Path, str]]) -> tuple[SignalWindow, ...]:
+    try:
+        stat = shard.stat()
+        return _windows_of(str(shard), target, stat.st_ino, stat.st_mtime_ns)
+    except FileNotFoundError:              # compacted or deleted since it was listed
+        return ()
+    except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException) as error:
+        skipped.append((shard, str(error)))
+        return ()
+
+
+@functools.lru_cache(maxsize=2048)
+def _windows_of(uri: str, target: str, inode: int, mtime_ns: int) -> tuple[SignalWindow, ...]:
+    """Every window of a shard, from its small columns. The last two arguments tell a shard from a later one of its name."""
+    with pq.ParquetFile(uri, page_checksum_verification=True) as file:
+        _check_schema(file, target)
+        columns = {name: column.to_pylist() for name, column in
+                   zip(_SMALL, file.read(columns=list(_SMALL), use_threads=False).select(list(_SMALL)).columns, strict=True)}
+    if set(columns["schema_version"]) - {SCHEMA_VERSION}:
+        raise CorruptShard(f"schema version {set(columns['schema_version'])}, this code reads {SCHEMA_VERSION}: upgrade tide_pipeline")
+    return tuple(SignalWindow(
+        uri=uri, row=row, request_id=columns["request_id"][row], tenant=columns["tenant"][row], workload=columns["workload"][row],
+        draft_version=columns["draft_version"][row], engine_digest=columns["engine_digest"][row], start_pos=columns["start_pos"][row],
+        num_rows=columns["num_rows"][row], num_prompt_tokens=columns["num_prompt_tokens"][row],
+        temperature=columns["sampling"][row]["temperature"], closed_at=columns["closed_at"][row].timestamp(),
+    ) for row in range(len(columns["schema_version"])))
+
+
+def _check_schema(file: Any, target: str) -> None:
+    schema = file.schema_arrow
+    for expected in SIGNALS_SCHEMA:
+        if expected.name not in schema.names or not schema.field(expected.name).type.equals(expected.type):
+            got = schema.field(expected.name).type if expected.name in schema.names else "none"
+            raise CorruptShard(f"no signals shard: column {expected.name!r} should be {expected.type}, is {got}")
+    named = (schema.metadata or {}).get(TARGET_KEY)
+    if named is not None and named != target.encode():
+        raise CorruptShard(f"holds signals of target {named.decode(errors='replace')!r}, not {target!r}: move it to its own folder")
+
+
+def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[SignalWindow, WindowStates | str]]:
+    left = list(wanted)
+    try:
+        with pq.ParquetFile(uri) as file:
+            first_row = 0
+            for group in range(file.num_row_groups):
+                end_row = first_row + file.metadata.row_group(group).num_rows
+                here = [window for window in left if first_row <= window.row < end_row]
+                if here:
+                    table = file.read_row_group(group, columns=list(_STATES), use_threads=False)
+                    for window in here:
+                        yield window, _decode(window, table, window.row - first_row)
+                        left.remove(window)
+                first_row = end_row
+        reason = "the shard has no such row: it was replaced; list the windows again"
+    except FileNotFoundError:
+        reason = "the shard is gone (compacted or deleted): list the windows again"
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        reason = f"unreadable: {error}"
+    for window in left:
+        yield window, reason
+
+
+def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
+    """The window's states, or what is wrong with them."""
+    cell = {name: table.column(name)[row] for name in _STATES}
+    token_ids = cell["token_ids"].values.to_numpy(zero_copy_only=False)
+    num_rows, hidden_size, num_taps = (cell[name].as_py() for name in ("num_rows", "hidden_size", "num_taps"))
+    taps, final = cell["taps"].as_buffer(), cell["final"].as_buffer()
+    if (cell["request_id"].as_py(), cell["start_pos"].as_py(), num_rows) != (window.request_id, window.start_pos, window.num_rows):
+        return "the row holds another window: the shard was replaced; list the windows again"
+    if len(token_ids) != num_rows + 1 or taps.size != num_rows * num_taps * hidden_size * 2 or (
+            final is not None and final.size != num_rows * hidden_size * 2):
+        return f"{num_rows} rows of {num_taps} x {hidden_size} values don't fit {len(token_ids)} tokens and {taps.size} bytes of taps"
+    if window_digest(token_ids, taps, final) != cell["digest"].as_py():
+        return "its digest does not match: the file was altered or damaged"
+    return WindowStates(window, torch.from_numpy(token_ids.astype(np.int64)), bf16_tensor(taps, num_rows),
+                        None if final is None else bf16_tensor(final, num_rows))

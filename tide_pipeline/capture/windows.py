@@ -1,0 +1,144 @@
+"""Rows of one request, assembled into gapless windows. Knows positions and tokens; knows neither queues nor files.
+
+# tokens   x0 x1 x2 x3      token_ids: T + 1 entries
+# rows     r0 r1 r2         T rows; row t was made when the target consumed x_t
+A row that was not captured ends the window before it. A window whose following token never became known gives up its last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, StepKind
+
+MAX_ROWS = 1024                    # of one window; a longer request becomes several
+FIRST_ROWS = 64                    # buffer size to begin with; it doubles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClosedWindow:
+    """A finished window on its way to the writer; the only record here that holds a tensor."""
+
+    request_id: str
+    tenant: str
+    workload: str
+    draft_version: str             # of the last step that named one
+    engine_digest: str
+    speculation: str
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    start_pos: int
+    token_ids: list[int]           # T + 1
+    rejected: list[tuple[int, int]]
+    rows_TW: Tensor                # bf16, [taps | final]
+    hidden_size: int
+    num_taps: int
+    with_final: bool
+    closed_at: float
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows_TW.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows_TW.numel() * 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What a row of the engine's ring holds, and which engine made it."""
+
+    hidden_size: int
+    num_taps: int
+    with_final: bool
+    engine_digest: str
+
+    @property
+    def width(self) -> int:
+        return self.hidden_size * (self.num_taps + int(self.with_final))
+
+
+class WindowAssembler:
+    """Collects one request's rows; calls `emit` with each closed window."""
+
+    def __init__(self, opened: RequestOpened, shape: RowShape, emit: Callable[[ClosedWindow], None],
+                 clock: Callable[[], float], max_rows: int = MAX_ROWS) -> None:
+        self._opened, self._shape, self._emit, self._clock, self._max_rows = opened, shape, emit, clock, max_rows
+        self._draft_version = ""
+        self._rows_CW = torch.empty(0, shape.width, dtype=torch.bfloat16)
+        self._start, self._end = 0, 0              # positions of the open window: [start, end)
+        self._tokens: list[int] = []
+        self._follower: int | None = None          # the token at position `end`, once known
+        self._rejected: list[tuple[int, int]] = []
+
+    def add(self, event: StepEvent, rows_NW: Tensor | None) -> None:
+        """Take a step's rows; None means that the step's states were lost."""
+        self._draft_version = event.draft_version or self._draft_version
+        n = len(event.row_tokens)
+        known = max(0, min(n, self._end - event.start_pos))      # rows seen before (a recomputed prefix) are not stored twice
+        if known == n:
+            return
+        start, tokens = event.start_pos + known, event.row_tokens[known:]
+        if start == self._end and self._follower is None:
+            self._follower = tokens[0]
+        if rows_NW is None or start != self._end or self._follower != tokens[0]:
+            self.close()
+        if rows_NW is None:
+            return
+        if rows_NW.shape[0] != n:
+            raise ValueError(f"step with {n} tokens has {rows_NW.shape[0]} rows")
+        self._append(start, tokens, rows_NW[known:])
+        self._follower = _follower(event)
+        if event.accepted < len(event.drafted):
+            self._rejected.append((event.start_pos + event.accepted + 1, event.drafted[event.accepted]))
+
+    def close(self) -> None:
+        """End the open window, if there is one; the next row begins another."""
+        tokens = self._tokens if self._follower is None else [*self._tokens, self._follower]
+        num_rows = len(tokens) - 1
+        if num_rows > 0:
+            last = self._start + num_rows
+            self._emit(ClosedWindow(
+                request_id=self._opened.request_id, tenant=self._opened.tenant, workload=self._opened.workload,
+                draft_version=self._draft_version, engine_digest=self._shape.engine_digest, speculation=self._opened.speculation,
+                sampling=self._opened.sampling, num_prompt_tokens=self._opened.num_prompt_tokens,
+                start_pos=self._start, token_ids=tokens, rejected=[r for r in self._rejected if r[0] <= last],
+                rows_TW=self._rows_CW[:num_rows], hidden_size=self._shape.hidden_size, num_taps=self._shape.num_taps,
+                with_final=self._shape.with_final, closed_at=self._clock()))
+        self._rows_CW = self._rows_CW[:0]          # the closed window keeps the memory
+        self._tokens, self._rejected, self._follower = [], [], None
+
+    def _append(self, start: int, tokens: tuple[int, ...], rows_NW: Tensor) -> None:
+        done = 0
+        while done < len(tokens):
+            if len(self._tokens) == self._max_rows:
+                self._follower = tokens[done]
+                self.close()
+            if not self._tokens:
+                self._start = start + done
+            fill = len(self._tokens)
+            take = min(len(tokens) - done, self._max_rows - fill)
+            self._reserve(fill, fill + take)
+            self._rows_CW[fill:fill + take] = rows_NW[done:done + take]
+            self._tokens.extend(tokens[done:done + take])
+            done += take
+        self._end = start + len(tokens)
+
+    def _reserve(self, fill: int, needed: int) -> None:
+        if needed <= self._rows_CW.shape[0]:
+            return
+        size = min(self._max_rows, max(FIRST_ROWS, needed, 2 * fill))
+        grown_CW = torch.empty(size, self._shape.width, dtype=torch.bfloat16)
+        grown_CW[:fill] = self._rows_CW[:fill]
+        self._rows_CW = grown_CW
+
+
+def _follower(event: StepEvent) -> int | None:
+    """The token after the step's last row, if the step emitted it."""
+    index = 0 if event.kind is StepKind.PREFILL else len(event.row_tokens) - 1
+    return event.emitted[index] if index < len(event.emitted) else None

@@ -1,0 +1,304 @@
+"""One tree of settings. Unknown keys are refused, with the nearest known one named. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tide_pipeline.errors import SettingsError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """The serving engine and its Triton front."""
+
+    device: str = "cpu"
+    threads: int = 1
+    max_batch: int = 8                 # requests in one step
+    queue_size: int = 64               # waiting requests; one more is a 503
+    prefill_chunk: int = 256           # prompt tokens per step
+    default_deadline_s: float = 120.0
+    replica: str = "replica-0"
+    agent_poll_s: float = 0.5          # how often the draft agent reads the deployment record
+    report_s: float = 1.0              # how often observed state is written
+
+
+@dataclass(frozen=True)
+class SpeculationSettings:
+    """The controller. See facts on break-even in docs/engine.md."""
+
+    max_draft_length: int = 5
+    probe_length: int = 3              # draft length of a probe step
+    probe_share: float = 0.005         # of serving time, catch-up included
+    survival_window: int = 200         # steps an acceptance estimate remembers (per workload and position)
+    prior_acceptance: float = 0.7      # per-position, before anything is known of a draft
+    switch_margin: float = 0.02        # expected gain below which the controller stays off
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What goes into the lake."""
+
+    mode: str = "auto"                 # auto (collection control), on, off
+    ema_short: float = 0.9             # lambda_short of Algorithm 1, per request
+    ema_long: float = 0.99             # lambda_long
+    epsilon: float = 0.05              # how far short must fall below long to start collecting
+    init_requests: int = 8             # N_init
+    max_bytes_per_hour: int = 4_000_000_000
+    queue_windows: int = 256           # closed windows waiting for the writer; more are dropped and counted
+    shard_rows: int = 8_192            # token rows per signals shard
+    flush_s: float = 2.0               # a shard is closed at this age at the latest
+    block_steps: int = 64              # steps per acceptance row
+    opted_out_tenants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """When acceptance counts as fallen."""
+
+    recent_s: float = 60.0             # the window that is judged
+    min_steps: int = 200               # drafted steps needed in it
+    min_drop: float = 0.10             # of first-position acceptance, lower end of the interval
+    min_signal_rows: int = 20_000      # captured token rows needed before training starts (N_threshold)
+    cooldown_s: float = 60.0           # after an adaptation of the same workload
+    max_attempts: int = 3              # per drift episode
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One training cycle of the draft."""
+
+    device: str = "cpu"
+    threads: int = 1
+    nice: int = 5
+    time_budget_s: float = 75.0
+    max_steps: int = 100_000
+    ttt_steps: int = 3                 # training-time test depth
+    learning_rate: float = 1e-3
+    batch_windows: int = 2
+    window_rows: int = 192             # longest slice of a window in one batch row
+    soft_share: float = 0.5            # weight of the soft (KL) loss; the rest is hard CE
+    step_decay: float = 0.9            # loss weight per TTT step
+    replay_share: float = 0.4          # of batches, from the replay set (other workloads, older windows)
+    eval_share: float = 0.12           # of requests, held out by request
+    eval_every_s: float = 10.0
+    checkpoint_every_s: float = 15.0
+    max_windows: int = 4_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What a challenger must show."""
+
+    draft_length: int = 3
+    min_gain: float = 0.05             # acceptance length, lower end of the 95 % interval, on the drifted workload
+    max_workload_loss: float = 0.15    # acceptance length, any other workload
+    min_requests: int = 8
+    bootstrap: int = 1_000
+    bench_prompts: int = 8
+    bench_tokens: int = 48
+    min_speedup_ratio: float = 1.0     # challenger's tokens/s over champion's, median
+    equivalence_prompts: int = 16
+    epsilon: float = 1e-4              # logit gap below which two tokens count as tied (fp32)
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Canary, bake and rollback."""
+
+    bake_s: float = 6.0
+    min_bake_steps: int = 30           # drafted steps the canary must have served
+    max_bake_s: float = 60.0
+    max_drop: float = 0.10             # of the canary's acceptance against the gate's figure for the champion
+    heartbeat_s: float = 10.0          # observed state older than this counts as missing
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """The local stack. Port 0 means any free port; everything listens on loopback."""
+
+    host: str = "127.0.0.1"
+    triton_http_port: int = 0
+    triton_grpc_port: int = 0
+    triton_metrics_port: int = 0
+    mlflow_port: int = 0
+    dagster_port: int = 0
+    start_timeout_s: float = 90.0
+    sensor_interval_s: int = 2
+
+
+@dataclass(frozen=True)
+class TideConfig:
+    """Everything a run of the system needs to know."""
+
+    engine: str = "pocket"             # folder under engines/
+    engines_dir: str = "engines"
+    state_dir: str = ".tide"
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
+    capture: CaptureSettings = field(default_factory=CaptureSettings)
+    drift: DriftSettings = field(default_factory=DriftSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    stack: StackSettings = field(default_factory=StackSettings)
+
+    @property
+    def target(self) -> str:
+        """Name of the served target in the lake, the registry and the deployment record."""
+        return self.engine
+
+    @property
+    def engine_dir(self) -> Path:
+        return Path(self.engines_dir) / self.engine
+
+    @property
+    def state(self) -> StatePaths:
+        return StatePaths(Path(self.state_dir).resolve())
+
+
+@dataclass(frozen=True)
+class StatePaths:
+    """Where things live under the state directory."""
+
+    root: Path
+
+    @property
+    def lake(self) -> Path:
+        return self.root / "lake"
+
+    @property
+    def acceptance(self) -> Path:
+        return self.lake / "acceptance"
+
+    @property
+    def signals(self) -> Path:
+        return self.lake / "signals"
+
+    @property
+    def builds(self) -> Path:
+        return self.root / "builds"
+
+    @property
+    def deployments(self) -> Path:
+        return self.root / "deployments"
+
+    @property
+    def observed(self) -> Path:
+        return self.root / "observed"
+
+    @property
+    def training(self) -> Path:
+        return self.root / "training"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def model_repository(self) -> Path:
+        return self.root / "model_repository"
+
+    @property
+    def mlflow(self) -> Path:
+        return self.root / "mlflow"
+
+    @property
+    def dagster(self) -> Path:
+        return self.root / "dagster"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+
+def parse(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
+    """Build a settings dataclass from nested mappings.
+
+    Raises:
+        SettingsError: an unknown key (the nearest known one is named) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+            raise SettingsError(f"{where}: unknown key {key!r}{hint}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{where}: expected a table, got {value!r}")
+        return parse(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise SettingsError(f"{where}: expected a list, got {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
+        raise SettingsError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, `over` winning."""
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merge(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+    return out
+
+
+def override(config: TideConfig, values: Mapping[str, Any]) -> TideConfig:
+    """`config` with nested values replaced."""
+    return parse(TideConfig, merge(dataclasses.asdict(config), values))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Raises SettingsError when the file is missing or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise SettingsError(f"no settings file at {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """`engines/<name>/engine.toml`: which target is served and what of it is captured."""
+
+    name: str
+    backend: str                       # embedded | trtllm
+    model: str                         # Hugging Face folder, relative to engine.toml
+    revision: str
+    capture_layers: tuple[int, ...]    # 0-based layer outputs, low, middle, high
+    soft_targets: bool                 # store the final state too
+    champion: str                      # folder of the draft to start with, relative; "" for none
+    max_context: int                   # prompt and output tokens together
+    max_draft_length: int
+
+
+def load_engine_spec(engine_dir: Path) -> EngineSpec:
+    """Read and check `engine.toml`. Raises SettingsError."""
+    return parse(EngineSpec, load_toml(engine_dir / "engine.toml"), str(engine_dir / "engine.toml"))
+
+
+def project_root() -> Path:
+    """The checkout this package runs from (engines/, dagster_home/); TIDE_PROJECT_ROOT overrides it."""
+    return Path(os.environ.get("TIDE_PROJECT_ROOT", Path(__file__).resolve().parent.parent))

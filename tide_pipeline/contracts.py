@@ -1,0 +1,344 @@
+"""Records that cross borders between stages. Frozen, standard library only; no record holds a tensor.
+
+Positions count tokens from 0 at the first prompt token. "Row t" of captured states belongs to the token at position t:
+its taps g_t and final state f_t are what the target computed when it *consumed* token x_t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1                 # of both lake datasets
+ANY_WORKLOAD = "*"                 # the draft for workload tags that have none of their own
+
+
+# --- requests --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt. `speculation` is "auto" (the controller decides), "off", or a fixed draft length such as "3"."""
+
+    request_id: str
+    prompt: str
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    speculation: str = "auto"
+    workload: str = "default"
+    tenant: str = "default"
+    deadline_s: float = 120.0      # from submission; then the request ends with finish reason "deadline"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"                  # end-of-text token or a stop string
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """What one engine step gave one request. The last chunk carries `finish_reason` and the request's totals."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0     # so far
+    drafted_tokens: int = 0        # so far
+    accepted_tokens: int = 0       # so far
+    verify_steps: int = 0          # so far: target steps that had draft tokens to verify
+    target_steps: int = 0          # so far: every decode or verify step
+    draft_version: str = ""
+
+
+# --- what the engine tells a sink ------------------------------------------------------------------------------
+
+class StepKind(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"              # no draft tokens
+    VERIFY = "verify"
+    PROBE = "probe"                # a verification of fixed length made only to observe acceptance
+
+
+@dataclass(frozen=True, slots=True)
+class TapHandle:
+    """Rows `start:stop` of slot `slot` of the engine's TapRing. Valid only until `Sink.on_step` returns."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One engine step of one request: its accepted rows and what became of its draft tokens.
+
+    `row_tokens` are the tokens consumed at positions start_pos, start_pos+1, ... (one per row of `taps`);
+    `emitted` are the tokens this step added: emitted[i] follows row_tokens[i] on a verify step.
+    `drafted[:accepted]` were accepted; `drafted[accepted]` would have stood at position start_pos + accepted + 1.
+    """
+
+    request_id: str
+    kind: StepKind
+    start_pos: int
+    row_tokens: tuple[int, ...]
+    emitted: tuple[int, ...]
+    drafted: tuple[int, ...]
+    accepted: int
+    draft_version: str
+    draft_length: int              # depth chosen for this step; 0 = not drafted
+    batch_size: int                # requests in the step
+    step_ms: float                 # wall time of the whole step, shared by its requests
+    taps: TapHandle | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOpened:
+    """Told to a sink before the first StepEvent of a request."""
+
+    request_id: str
+    workload: str
+    tenant: str
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    speculation: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClosed:
+    """Told to a sink after the last StepEvent of a request."""
+
+    request_id: str
+    finish_reason: FinishReason
+    ttft_ms: float
+    total_ms: float
+    num_output_tokens: int
+
+
+# --- the lake --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class AcceptanceRow:
+    """A closed block of one request's steps that share draft version, draft length and kind. Nothing textual."""
+
+    time: float                    # Unix seconds at closing
+    request_id: str
+    workload: str
+    tenant: str
+    replica: str
+    engine_digest: str
+    draft_version: str
+    speculation: str
+    temperature: float
+    draft_length: int
+    is_probe: bool
+    num_steps: int
+    drafted: tuple[int, ...]       # per position: steps that drafted a token there
+    accepted: tuple[int, ...]      # per position: steps that accepted it
+    emitted_tokens: int
+    mean_batch_size: float
+    duration_ms: float             # sum of step_ms
+    num_prompt_tokens: int
+    finish_reason: str             # "" while the request goes on
+    ttft_ms: float                 # 0 while the request goes on
+
+
+@dataclass(frozen=True, slots=True)
+class SignalWindow:
+    """A closed window of captured traffic. Points at a row of a Parquet shard; holds no tensors."""
+
+    uri: str
+    row: int
+    request_id: str
+    tenant: str
+    workload: str
+    draft_version: str
+    engine_digest: str
+    start_pos: int
+    num_rows: int                  # captured rows; the window has num_rows + 1 token ids
+    num_prompt_tokens: int
+    temperature: float
+    closed_at: float
+
+
+# --- drift, training, gate, deployment -------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class DriftVerdict:
+    """Whether acceptance of one (target, workload) has fallen, and by what evidence."""
+
+    target: str
+    workload: str
+    drifted: bool
+    enough_data: bool
+    first_position_rate: float     # recent share of accepted first draft tokens
+    baseline_rate: float           # the same at promotion, or of the long window
+    drop: float                    # baseline - recent
+    drop_low: float                # lower end of the 95 % interval of the drop
+    drop_high: float
+    num_steps: int                 # drafted steps judged
+    baseline_steps: int
+    draft_version: str
+    reason: str                    # one sentence with the numbers
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCheckpoint:
+    """A trained draft in the EAGLE-3 Hugging Face format, with its birth certificate beside it."""
+
+    path: str
+    digest: str                    # of config.json and model.safetensors
+    target: str
+    engine_digest: str
+    parent: str                    # draft version it was warm-started from, "" from scratch
+    steps: int
+    train_s: float
+    num_windows: int
+    num_rows: int
+    acceptance_length: float       # offline, on held-out windows, greedy chain of gate.draft_length
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBuild:
+    """A digest-named directory that an engine can load: `path/build.json`, `path/draft/`, `path/model_repository/`."""
+
+    build_id: str                  # first 16 hex digits of the digest
+    target: str
+    backend: str                   # "embedded" or "trtllm"
+    path: str
+    draft_version: str             # e.g. "v3-1f0a9c2b": registry version and draft digest
+    draft_digest: str
+    engine_digest: str
+    created_at: float
+    warmup: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkReport:
+    """Numbers measured on one build; `tokens_per_s` and friends are medians."""
+
+    build_id: str
+    draft_version: str
+    acceptance_length: float
+    tokens_per_s: float
+    plain_tokens_per_s: float
+    speedup: float
+    speedup_low: float             # bootstrap 95 %
+    speedup_high: float
+    itl_p99_ms: float              # inter-token latency
+    prompts: int
+    compared_tokens: int           # greedy equivalence: tokens checked
+    ties: int                      # differences within epsilon of the argmax
+    mismatches: int                # differences beyond epsilon: must be 0
+
+
+@dataclass(frozen=True, slots=True)
+class PairedAcceptance:
+    """Champion and challenger replayed on the same held-out windows; intervals by cluster bootstrap over requests."""
+
+    champion: float
+    challenger: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    requests: int
+    rows: int
+    by_workload: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """Passed or not, each door with its numbers. `promote()` reads it again."""
+
+    passed: bool
+    doors: dict[str, dict[str, Any]]     # name -> {"passed": bool, "reason": str, numbers ...}
+    champion: str
+    challenger: str
+    challenger_digest: str
+
+    @property
+    def reasons(self) -> str:
+        return "; ".join(f"{name}: {door['reason']}" for name, door in self.doors.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Desired state number `n` of one target: workload tag -> build id, for each group of replicas."""
+
+    n: int
+    target: str
+    groups: dict[str, dict[str, str]]    # "rest" and, during a rollout, "canary": {"*": build_id, "<workload>": build_id}
+    canary_replicas: tuple[str, ...]
+    stage: str                           # "stable", "canary", "rolled_back"
+    who: str
+    reason: str
+    created_at: float = field(default_factory=time.time)
+
+    def drafts_for(self, replica: str) -> dict[str, str]:
+        """Workload tag -> build id that `replica` should serve."""
+        group = "canary" if replica in self.canary_replicas and "canary" in self.groups else "rest"
+        return dict(self.groups[group])
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedState:
+    """What a replica says of itself, next to the deployment records."""
+
+    replica: str
+    target: str
+    deployment: int                      # highest n it has applied
+    drafts: dict[str, str]               # workload tag -> build id being served
+    draft_digests: dict[str, str]
+    acceptance_length: float
+    tokens_per_s: float
+    error: str
+    at: float
+    pid: int
+
+
+def to_json(record: Any) -> str:
+    """JSON text of any record here."""
+    return json.dumps(dataclasses.asdict(record))
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The record again; lists become tuples where the record has tuples. Raises TypeError on unknown or missing fields."""
+    hints = typing.get_type_hints(cls)
+    kwargs = {k: _revive(hints[k], v) if k in hints else v for k, v in values.items()}
+    return cls(**kwargs)
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """`from_dict` of JSON text."""
+    return from_dict(cls, json.loads(text))
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value)
+    return value

@@ -1,0 +1,395 @@
+"""The embedded engine: continuous batching with EAGLE-3 chain drafts, in PyTorch. Knows no files but its models'.
+
+One step of the engine thread:  admit (one prompt chunk)  ->  choose draft lengths  ->  draft  ->  verify  ->  emit.
+Running requests hold cache slots 0..B-1; verification is one pass of B x (1 + K) rows, short rows padded. Padding and
+refused tokens leave rubbish in the caches past a request's end, which the next step overwrites before it is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from tide_pipeline.config import EngineSpec, ServeSettings, SpeculationSettings
+from tide_pipeline.contracts import (
+    ANY_WORKLOAD,
+    EngineBuild,
+    FinishReason,
+    GenerationRequest,
+    RequestClosed,
+    RequestOpened,
+    StepEvent,
+    StepKind,
+    TokenChunk,
+)
+from tide_pipeline.engine.control import SpeculationController
+from tide_pipeline.engine.drafts import Proposal, ResidentDraft
+from tide_pipeline.engine.profile import profile_step_times
+from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
+from tide_pipeline.engine.request import ActiveRequest
+from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
+from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.text import TextCodec, TextStream
+from tide_pipeline.engine.validate import validate
+from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
+from tide_pipeline.models.target import Target
+
+log = logging.getLogger(__name__)
+
+CATCH_UP_LIMIT = 256              # waiting tap rows of one request; beyond, its draft's cache is brought up to date
+
+
+class EmbeddedEngine:
+    """Implements `engine.protocol.Engine`. `start()` runs it in a thread; tests may call `step()` themselves."""
+
+    def __init__(self, model_dir: Path, spec: EngineSpec, serve: ServeSettings, speculation: SpeculationSettings,
+                 sink: Sink | None = None) -> None:
+        self.spec, self.serve = spec, serve
+        self.target = Target(model_dir, spec)
+        self.codec = TextCodec(model_dir)
+        self.positions = min(spec.max_context, self.target.shape.max_positions)
+        self.max_depth = spec.max_draft_length
+        padded = self.positions + self.max_depth + 1
+        self.cache = self.target.new_cache(serve.max_batch + 1, padded)
+        rows = max(serve.prefill_chunk, serve.max_batch * (1 + self.max_depth))
+        self.ring = TapRing(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets)
+        self.control = SpeculationController(speculation, self.max_depth)
+        self.sink: Sink = sink or NullSink()
+        self.sink.attach(self.ring, self.target.digest)
+        self._padded = padded
+        self._drafts: dict[str, ResidentDraft] = {}
+        self._waiting: deque[ActiveRequest] = deque()
+        self._prefilling: ActiveRequest | None = None
+        self._running: list[ActiveRequest] = []
+        self._ids: set[str] = set()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._count: Counter[str] = Counter()
+        self._ms = {"on": 0.0, "off": 0.0}
+        self._depth_steps: Counter[int] = Counter()
+
+    # --- what callers use -----------------------------------------------------------------------------------------
+
+    @property
+    def digest(self) -> str:
+        return self.target.digest
+
+    def start(self) -> None:
+        """Run the engine in its own thread."""
+        self._thread = threading.Thread(target=self._loop, name="tide-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[TokenChunk], None] | None = None) -> TokenStream:
+        """Queue a request. Raises InvalidRequest, PromptTooLong, QueueFull, EngineClosed."""
+        prompt, fixed = validate(request, self.codec, self.positions, self.max_depth)
+        stream = TokenStream(request.request_id, self._cancel, on_chunk)
+        active = ActiveRequest(request, stream, TextStream(self.codec, request.sampling.stop), prompt, len(prompt), fixed)
+        with self._wake:
+            if self._closed:
+                raise EngineClosed("the engine is shutting down: send the request to another replica")
+            if request.request_id in self._ids:
+                raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request: choose another")
+            if len(self._waiting) >= self.serve.queue_size:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
+            self._ids.add(request.request_id)
+            self._waiting.append(active)
+            self._wake.notify()
+        return stream
+
+    def set_drafts(self, drafts: Mapping[str, EngineBuild]) -> None:
+        """Serve these drafts from the next request on; requests in flight keep the draft they began with."""
+        resident = {d.build.build_id: d for d in self._drafts.values()}
+        for build in drafts.values():
+            if build.build_id not in resident:
+                resident[build.build_id] = ResidentDraft(build, self.target, self.serve.max_batch, self._padded)
+        with self._wake:
+            self._drafts = {tag: resident[build.build_id] for tag, build in drafts.items()}
+            self.control.forget({d.build.draft_version for d in resident.values()})
+
+    def profile(self) -> None:
+        """Measure T_step(batch, depth) on an idle engine; needs a draft."""
+        if self._drafts:
+            runner = next(iter(self._drafts.values())).runner
+            profile_step_times(self.target, runner, self.control.times, self.serve.max_batch, self.positions)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; may be one step old."""
+        running, drafts = list(self._running), dict(self._drafts)
+        rates = {tag: self.control.survival(tag, d.build.draft_version).rates()[0] for tag, d in drafts.items()}
+        return EngineStats(
+            engine_digest=self.target.digest, running=len(running) + (self._prefilling is not None), waiting=len(self._waiting),
+            kv_tokens_used=sum(r.consumed for r in running), kv_tokens_total=self.serve.max_batch * self.positions,
+            requests_finished=self._count["finished"], requests_failed=self._count["failed"], tokens_out=self._count["tokens"],
+            prompt_tokens=self._count["prompt"], target_steps=self._count["steps"], verify_steps=self._count["verify"],
+            drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
+            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.probe_ms / 1e3,
+            sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
+            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.times.table())
+
+    def close(self) -> None:
+        """Stop; requests in flight are told "cancelled"."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        for active in [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._running]:
+            self._tell(active, (), FinishReason.CANCELLED)
+        self._waiting.clear()
+        self._running.clear()
+        self.sink.close()
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self.serve.threads)
+        while True:
+            with self._wake:
+                while not (self._closed or self._waiting or self._prefilling or self._running):
+                    self._wake.wait()
+                if self._closed:
+                    return
+            self.step()
+
+    def step(self) -> None:
+        """One prompt chunk, if a request waits for a slot that is free, then one step of all running requests."""
+        try:
+            self._end_cancelled()
+            self._prefill()
+            if self._running:
+                self._decode()
+        except Exception as error:
+            log.exception("engine step failed: %d requests are ended", len(self._running))
+            for active in [*self._running, *([self._prefilling] if self._prefilling else [])]:
+                self._count["failed"] += 1
+                self._finish(active, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
+
+    def _prefill(self) -> None:
+        if self._prefilling is None:
+            with self._wake:
+                if not self._waiting or len(self._running) >= self.serve.max_batch:
+                    return
+                active = self._waiting.popleft()
+            self._prefilling = active
+            active.slot = self.serve.max_batch                    # the spare slot, until it joins the running ones
+            how = active.request
+            self._sink(lambda: self.sink.on_open(RequestOpened(how.request_id, how.workload, how.tenant, active.num_prompt,
+                                                               how.sampling, how.speculation)))
+        active, began = self._prefilling, time.perf_counter()
+        chunk = active.tokens[active.consumed : active.consumed + self.serve.prefill_chunk]
+        positions = torch.arange(active.consumed, active.consumed + len(chunk)).unsqueeze(0)
+        taps, final = self.target.forward(torch.tensor([chunk]), positions, self.cache, first_slot=active.slot)
+        start, active.consumed = active.consumed, active.consumed + len(chunk)
+        emitted: tuple[int, ...] = ()
+        if active.consumed == active.num_prompt:
+            logits = self.target.logits(final[0, -1:])
+            emitted = (int(logits.argmax()) if active.greedy else
+                       draw(distribution(logits, active.request.sampling)[0],
+                            uniform(active.request.sampling.seed, active.num_prompt, Purpose.EMIT)),)
+        if active.fixed_length != 0:
+            active.waiting_taps.append(taps[0])
+        self.ring.next_slot()
+        handle = self.ring.put(taps[0], final[0] if self.spec.soft_targets else None)
+        self._count["prompt"] += len(chunk)
+        event = StepEvent(active.request.request_id, StepKind.PREFILL, start, tuple(chunk), emitted, (), 0, active.version, 0, 1,
+                          (time.perf_counter() - began) * 1e3, handle)
+        self._sink(lambda: self.sink.on_step((event,)))
+        if emitted:
+            self._join(active)
+            self._advance(active, list(emitted))
+
+    def _join(self, active: ActiveRequest) -> None:
+        """From the spare slot to the lowest free one, and to the draft it will keep to its end."""
+        self._prefilling = None
+        self.cache.move(active.slot, len(self._running), active.consumed)
+        active.slot = len(self._running)
+        self._running.append(active)
+        active.first_token_at = time.monotonic()
+        with self._wake:
+            draft = self._drafts.get(active.request.workload) or self._drafts.get(ANY_WORKLOAD)
+        if draft is not None and active.fixed_length != 0:
+            draft.join(active)
+        else:
+            active.waiting_taps.clear()
+
+    def _decode(self) -> None:
+        began, running = time.perf_counter(), list(self._running)
+        B = len(running)
+        lengths, kind, depth = self._choose(running)
+        proposals = self._propose(running, lengths)
+        W = 1 + max((len(p.tokens) for p in proposals.values()), default=0)
+        ids = torch.zeros(B, W, dtype=torch.long)
+        for i, r in enumerate(running):
+            drafted = proposals[r.request.request_id].tokens
+            ids[i, : 1 + len(drafted)] = torch.tensor([r.tokens[-1], *drafted])
+        positions = torch.tensor([r.consumed for r in running]).unsqueeze(1) + torch.arange(W)
+        taps, final = self.target.forward(ids, positions, self.cache)
+        logits = self.target.logits(final.view(B * W, -1)).view(B, W, -1)
+        argmax = logits.argmax(-1).tolist()
+        self.ring.next_slot()
+        verdicts = []
+        for i, r in enumerate(running):
+            p = proposals[r.request.request_id]
+            how = r.request.sampling
+            n, emitted = accept_greedy(p.tokens, argmax[i]) if r.greedy else accept_sampled(
+                p.tokens, p.q_KV, distribution(logits[i, : 1 + len(p.tokens)], how), how.seed, len(r.tokens))
+            emitted = self._cut(r, emitted)
+            rows = len(emitted)                                    # rows of the last token and of the accepted drafts kept
+            if r.draft is not None:
+                r.waiting_taps.append(taps[i, :rows])
+            handle = self.ring.put(taps[i, :rows], final[i, :rows] if self.spec.soft_targets else None)
+            verdicts.append((r, p.tokens, n, emitted, handle))
+        step_ms = (time.perf_counter() - began) * 1e3
+        events = []
+        for r, drafted, n, emitted, handle in verdicts:
+            what = StepKind.DECODE if not drafted else kind if r.fixed_length is None else StepKind.VERIFY
+            consumed = (r.tokens[-1], *emitted[:-1])
+            events.append(StepEvent(r.request.request_id, what, r.consumed, consumed, tuple(emitted), tuple(drafted), n,
+                                    r.version, len(drafted), B, step_ms, handle))
+            self._observe(r, drafted, n)
+            r.consumed += len(emitted)
+        self._sink(lambda: self.sink.on_step(events))
+        for r, _, _, emitted, _ in verdicts:
+            self._advance(r, emitted)
+        self._account(running, lengths, depth, kind, (time.perf_counter() - began) * 1e3)
+
+    # --- parts of a step ------------------------------------------------------------------------------------------
+
+    def _choose(self, running: list[ActiveRequest]) -> tuple[dict[str, int], StepKind, int]:
+        """Draft length per request, what the step is called, and the depth of the requests the controller decides for."""
+        auto = [r for r in running if r.fixed_length is None and r.draft is not None]
+        depth = self.control.choose(len(running), [self.control.survival(r.request.workload, r.version) for r in auto])
+        kind = StepKind.VERIFY
+        if auto and depth == 0 and self.control.probe_due(len(running), self._catch_up_ms(auto)):
+            depth, kind = min(self.control.settings.probe_length, self.max_depth), StepKind.PROBE
+        lengths = {}
+        for r in running:
+            wanted = 0 if r.draft is None else depth if r.fixed_length is None else r.fixed_length
+            lengths[r.request.request_id] = max(0, min(wanted, r.remaining - 1, self.positions - len(r.tokens) - 1))
+        return lengths, kind, depth
+
+    def _propose(self, running: list[ActiveRequest], lengths: dict[str, int]) -> dict[str, Proposal]:
+        out = {r.request.request_id: Proposal([]) for r in running}
+        for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
+            if any(lengths[m.request.request_id] for m in draft.members):
+                out |= draft.propose(lengths)
+            else:
+                draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
+        return out
+
+    def _catch_up_ms(self, auto: list[ActiveRequest]) -> float:
+        """Estimated from the rows that wait: a draft row costs about a thirtieth of a plain step."""
+        plain = self.control.times.ms(1, 0) or 0.0
+        return sum(r.waiting_rows for r in auto) * plain / 100.0
+
+    def _cut(self, r: ActiveRequest, emitted: list[int]) -> list[int]:
+        """At max_tokens and after the end-of-text token."""
+        emitted = emitted[: r.remaining]
+        if not r.request.sampling.ignore_eos:
+            for i, token in enumerate(emitted):
+                if token in self.target.shape.eos_ids:
+                    return emitted[: i + 1]
+        return emitted
+
+    def _observe(self, r: ActiveRequest, drafted: list[int], n: int) -> None:
+        r.target_steps += 1
+        self._count["steps"] += 1
+        if drafted:
+            r.verify_steps += 1
+            r.drafted_tokens += len(drafted)
+            r.accepted_tokens += n
+            self._count["verify"] += 1
+            self._count["drafted"] += len(drafted)
+            self._count["accepted"] += n
+            self.control.survival(r.request.workload, r.version).observe(len(drafted), n)
+
+    def _account(self, running: list[ActiveRequest], lengths: dict[str, int], depth: int, kind: StepKind, ms: float) -> None:
+        used = max(lengths.values())
+        self._depth_steps[used] += 1
+        self._ms["on" if used else "off"] += ms
+        if all(n == used for n in lengths.values()) and kind is not StepKind.PROBE:
+            self.control.times.record(len(running), used, ms)
+        if used == 0:
+            self.control.earn(ms)
+
+    def _advance(self, r: ActiveRequest, emitted: list[int]) -> None:
+        """Append what a step emitted, tell the client, and end the request when it is done."""
+        r.tokens.extend(emitted)
+        self._count["tokens"] += len(emitted)
+        text = r.text.push(emitted)
+        reason = None
+        if r.text.stopped or (emitted[-1] in self.target.shape.eos_ids and not r.request.sampling.ignore_eos):
+            reason = FinishReason.STOP
+        elif r.remaining <= 0 or len(r.tokens) >= self.positions:
+            reason = FinishReason.LENGTH
+        if reason is None:
+            self._tell(r, tuple(emitted), None, text)
+        else:
+            self._finish(r, reason, tuple(emitted), text + r.text.finish())
+
+    def _end_cancelled(self) -> None:
+        now = time.monotonic()
+
+        def ended(r: ActiveRequest) -> FinishReason | None:
+            if r.cancelled:
+                return FinishReason.CANCELLED
+            return FinishReason.DEADLINE if now - r.submitted_at > r.request.deadline_s else None
+
+        with self._wake:
+            gone = [(r, reason) for r in self._waiting if (reason := ended(r))]
+            for r, _ in gone:
+                self._waiting.remove(r)
+        active = [*self._running, *([self._prefilling] if self._prefilling else [])]
+        for r, reason in [*gone, *((r, reason) for r in active if (reason := ended(r)))]:
+            self._finish(r, reason)
+
+    def _finish(self, r: ActiveRequest, reason: FinishReason, tokens: tuple[int, ...] = (), text: str = "", error: str = "") -> None:
+        if r is self._prefilling:
+            self._prefilling = None
+        elif r in self._running:
+            last = self._running.pop()
+            if last is not r:
+                self.cache.move(last.slot, r.slot, last.consumed)
+                last.slot = r.slot
+                self._running[r.slot] = last
+        if r.draft is not None:
+            r.draft.leave(r)
+        self._ids.discard(r.request.request_id)
+        self._count["finished"] += 1
+        if r.slot >= 0:
+            now = time.monotonic()
+            first = r.first_token_at or now
+            closed = RequestClosed(r.request.request_id, reason, (first - r.submitted_at) * 1e3, (now - r.submitted_at) * 1e3, r.num_output)
+            self._sink(lambda: self.sink.on_close(closed))
+        self._tell(r, tokens, reason, text, error)
+
+    def _tell(self, r: ActiveRequest, tokens: tuple[int, ...], reason: FinishReason | None, text: str = "", error: str = "") -> None:
+        chunk = TokenChunk(r.request.request_id, tokens, text, reason, error, r.num_prompt, r.num_output, r.drafted_tokens,
+                           r.accepted_tokens, r.verify_steps, r.target_steps, r.version)
+        try:
+            r.stream.put(chunk)
+        except Exception:
+            log.exception("a client's callback failed: its request goes on unheard")
+            r.cancelled = True
+
+    def _cancel(self, request_id: str) -> None:
+        with self._wake:
+            for r in [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._running]:
+                if r.request.request_id == request_id:
+                    r.cancelled = True
+
+    def _sink(self, call: Callable[[], None]) -> None:
+        """A sink that raises is replaced: serving goes on, and the count says so."""
+        try:
+            call()
+        except Exception:
+            log.exception("the capture sink failed: it is switched off, serving goes on without capture")
+            self._count["sink_errors"] += 1
+            self.sink = NullSink()

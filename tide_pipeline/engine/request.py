@@ -1,0 +1,66 @@
+"""The state of one request inside the embedded engine. Plain bookkeeping; computes nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tide_pipeline.contracts import GenerationRequest
+from tide_pipeline.engine.drafts import ResidentDraft
+from tide_pipeline.engine.protocol import TokenStream
+from tide_pipeline.engine.text import TextStream
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """`tokens` holds prompt and output; the target's cache covers the first `consumed` of them (all but the last)."""
+
+    request: GenerationRequest
+    stream: TokenStream
+    text: TextStream
+    tokens: list[int]
+    num_prompt: int
+    fixed_length: int | None               # None: the controller decides; 0: never speculate
+    submitted_at: float = field(default_factory=time.monotonic)
+    first_token_at: float = 0.0
+    slot: int = -1                         # in the target's cache
+    consumed: int = 0
+    cancelled: bool = False
+    draft: ResidentDraft | None = None
+    draft_slot: int = -1                   # in the draft's cache
+    draft_rows: int = 0                    # rows the draft's cache covers
+    draft_state: Tensor | None = None      # [D] output of the draft's last true row
+    waiting_taps: list[Tensor] = field(default_factory=list)   # [n, G * D] each: rows the draft has not seen yet
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    verify_steps: int = 0
+    target_steps: int = 0
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        return self.request.sampling.max_tokens - self.num_output
+
+    @property
+    def waiting_rows(self) -> int:
+        return self.consumed - self.draft_rows
+
+    @property
+    def greedy(self) -> bool:
+        return self.request.sampling.temperature == 0.0
+
+    @property
+    def version(self) -> str:
+        return self.draft.build.draft_version if self.draft else ""
+
+    def take_waiting(self) -> Tensor:
+        """[n, G * D], and the buffer is empty."""
+        rows = self.waiting_taps[0] if len(self.waiting_taps) == 1 else torch.cat(self.waiting_taps)
+        self.waiting_taps.clear()
+        return rows

@@ -1,0 +1,78 @@
+"""Every error this package raises on purpose. The message says what happened and what to do next.
+
+TideError
+├── SettingsError            a settings file, recipe or engine.toml is wrong
+├── InvalidRequest           a request that can't be served as it stands          (HTTP 400)
+│   └── PromptTooLong
+├── QueueFull                more requests than the queue holds                   (HTTP 503)
+├── EngineClosed             the engine is shutting down                          (HTTP 503)
+├── CheckpointError          a draft or target folder is missing or malformed
+│   └── EngineMismatch       it belongs to another target or engine
+├── LakeError                the signal lake can't be read or written
+│   ├── CorruptShard
+│   └── NotEnoughSignals
+├── TrainingFailed           training stopped: NaN, exploding loss, no time left
+├── RegistryError            MLflow refused, is away, or gave back other bytes
+├── BuildError               a build is missing, incomplete or altered
+├── DeploymentConflict       somebody else wrote the deployment record first
+├── GateNotPassed            promotion was asked for without a passing verdict
+└── StackError               a local service did not start, stop or answer
+    └── PortInUse
+"""
+
+from __future__ import annotations
+
+
+class TideError(Exception):
+    """Base of the family."""
+
+
+class SettingsError(TideError): ...
+
+
+class InvalidRequest(TideError): ...
+
+
+class PromptTooLong(InvalidRequest): ...
+
+
+class QueueFull(TideError): ...
+
+
+class EngineClosed(TideError): ...
+
+
+class CheckpointError(TideError): ...
+
+
+class EngineMismatch(CheckpointError): ...
+
+
+class LakeError(TideError): ...
+
+
+class CorruptShard(LakeError): ...
+
+
+class NotEnoughSignals(LakeError): ...
+
+
+class TrainingFailed(TideError): ...
+
+
+class RegistryError(TideError): ...
+
+
+class BuildError(TideError): ...
+
+
+class DeploymentConflict(TideError): ...
+
+
+class GateNotPassed(TideError): ...
+
+
+class StackError(TideError): ...
+
+
+class PortInUse(StackError): ...

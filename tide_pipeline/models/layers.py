@@ -1,0 +1,116 @@
+"""Rotary positions, the KV cache and one attention layer, shared by target and draft. Inference only.
+
+B = requests in the step, W = token rows per request, T = cached positions, D = hidden size,
+H = query heads, K = key/value heads, E = size of a head, N = B * W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tide_pipeline.models.linear import Linear
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    size: int
+
+
+def rotary_tables(size: int, positions: int, theta: float, rope_scale: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sign-folded sin, [positions, size]: rotate(x) = x * cos + roll(x, size/2) * sin."""
+    frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
+    if rope_scale is not None:
+        frequencies = rope_scale(frequencies)
+    angles = torch.outer(torch.arange(positions).float(), frequencies)
+    sin = angles.sin()
+    return angles.cos().repeat(1, 2), torch.cat((-sin, sin), dim=1)
+
+
+class KVCache:
+    """Keys and values of `slots` requests: [layer, slot * position, 2K * E]. Slots 0..B-1 are the ones in a step."""
+
+    def __init__(self, layers: int, slots: int, positions: int, heads: Heads, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        self.slots, self.positions, self.heads = slots, positions, heads
+        self.rows = torch.zeros(layers, slots * positions, 2 * heads.kv * heads.size, device=device, dtype=dtype)
+
+    def move(self, source: int, to: int, length: int) -> None:
+        """Copy the first `length` positions of one slot over another, so that running slots stay packed."""
+        P = self.positions
+        self.rows[:, to * P : to * P + length] = self.rows[:, source * P : source * P + length]
+
+    def keys_values(self, layer: int, first: int, B: int, T: int) -> tuple[Tensor, Tensor]:
+        """Views [B, K, T, E] of slots first..first+B-1."""
+        P, heads = self.positions, self.heads
+        block = self.rows[layer, first * P : (first + B) * P].view(B, P, 2 * heads.kv, heads.size)[:, :T].transpose(1, 2)
+        return block[:, : heads.kv], block[:, heads.kv :]
+
+
+@dataclass(frozen=True)
+class StepGeometry:
+    """Where the rows of one step stand: built once per step, used by every layer."""
+
+    first_slot: int
+    B: int
+    W: int
+    T: int                       # cached positions any row may look at
+    cos: Tensor                  # [N, 1, E]
+    sin: Tensor
+    cache_rows: Tensor           # [N] rows of the KV cache to write
+    mask: Tensor | None          # [B, 1, G * W, T] additive; None when every row sees all T positions
+
+    @staticmethod
+    def build(positions_BW: Tensor, first_slot: int, cache: KVCache, cos: Tensor, sin: Tensor) -> StepGeometry:
+        """Rows may look at every cached position up to their own."""
+        B, W = positions_BW.shape
+        flat = positions_BW.reshape(-1)
+        T = int(flat.max()) + 1
+        slots = torch.arange(first_slot, first_slot + B, device=flat.device).repeat_interleave(W)
+        mask = None
+        if B > 1 or W > 1:
+            hidden = torch.arange(T, device=flat.device) > positions_BW.unsqueeze(-1)          # [B, W, T]
+            mask = torch.zeros(B, 1, W, T, device=flat.device).masked_fill_(hidden.unsqueeze(1), float("-inf"))
+            groups = cache.heads.query // cache.heads.kv
+            mask = mask.repeat(1, 1, groups, 1).to(cache.rows.dtype)
+        return StepGeometry(first_slot, B, W, T, cos[flat].unsqueeze(1), sin[flat].unsqueeze(1), slots * cache.positions + flat, mask)
+
+
+class DecoderLayer:
+    """Attention and gated MLP with fused weights. `qkv` may read a wider input than D (the draft's 2D)."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, heads: Heads, eps: float) -> None:
+        def w(name: str) -> Tensor:
+            return weights[f"{prefix}{name}.weight"]
+
+        self.heads, self.eps = heads, eps
+        self.qkv = Linear(torch.cat([w(f"self_attn.{n}_proj") for n in "qkv"]))
+        self.out = Linear(w("self_attn.o_proj"))
+        self.gate_up = Linear(torch.cat([w("mlp.gate_proj"), w("mlp.up_proj")]))
+        self.down = Linear(w("mlp.down_proj"))
+        self.post_norm = w("post_attention_layernorm")
+
+    def attend(self, x_ND: Tensor, cache: KVCache, layer: int, at: StepGeometry) -> Tensor:
+        """Self-attention of the step's rows over the cache, which gains their keys and values: [N, in] -> [N, D]."""
+        heads, groups = self.heads, self.heads.query // self.heads.kv
+        qkv = self.qkv(x_ND).view(at.B * at.W, heads.query + 2 * heads.kv, heads.size)
+        turned = qkv[:, : heads.query + heads.kv]
+        rolled = torch.cat((turned[..., heads.size // 2 :], turned[..., : heads.size // 2]), dim=-1)
+        turned.mul_(at.cos).addcmul_(rolled, at.sin)
+        cache.rows[layer].index_copy_(0, at.cache_rows, qkv[:, heads.query :].flatten(1))
+        keys, values = cache.keys_values(layer, at.first_slot, at.B, at.T)
+        q = qkv[:, : heads.query].view(at.B, at.W, heads.kv, groups, heads.size).permute(0, 2, 3, 1, 4)
+        q = q.reshape(at.B, heads.kv, groups * at.W, heads.size)
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
+        o = o.view(at.B, heads.kv, groups, at.W, heads.size).permute(0, 3, 1, 2, 4)
+        return self.out(o.reshape(at.B * at.W, heads.query * heads.size))
+
+    def feed_forward(self, x_ND: Tensor) -> Tensor:
+        gate, up = self.gate_up(F.rms_norm(x_ND, x_ND.shape[-1:], self.post_norm, self.eps)).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))

@@ -1,0 +1,120 @@
+"""Packed batches of captured rows. The batch of a step depends on (seed, step) alone, so a resumed run goes on exactly.
+
+    row t of a window:   taps g_t, next token x_{t+1}, label x_{t+2}, teacher state f_{t+1}; the last row has no label
+
+A batch row is filled with slices of windows, each its own segment; a slice keeps the positions it was captured at.
+
+B = batch rows, T = token rows, G = width of the taps, D = hidden size. Knows no draft and no files.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tide_pipeline.capture.reader import WindowStates
+
+NO_LABEL = -1
+MIN_SLICE = 16                     # shorter crops teach a draft that has lost its context
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of several windows, side by side."""
+
+    taps_BTG: Tensor               # bf16
+    next_ids_BT: Tensor            # x_{t+1}
+    labels_BT: Tensor              # x_{t+2}; NO_LABEL where it is not known
+    teacher_BTD: Tensor | None     # f_{t+1}, bf16; None when the engine stores no final states
+    positions_BT: Tensor           # rotary position
+    segments_BT: Tensor            # which slice a row belongs to; -1 for padding
+    offsets_BT: Tensor             # row number inside its slice
+    requests: tuple[tuple[str, ...], ...]     # [b][segment]: whose rows these are
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        moved = {f.name: value.to(device) if isinstance(value := getattr(self, f.name), Tensor) else value for f in fields(self)}
+        return Batch(**moved)
+
+    @property
+    def num_rows(self) -> int:
+        return int((self.segments_BT >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows start .. start+rows of one window."""
+
+    states: WindowStates
+    start: int
+    rows: int
+
+
+def pack(rows: Sequence[Sequence[Slice]], width: int) -> Batch:
+    """Lay slices side by side: one inner sequence per batch row, at most `width` token rows each."""
+    first = rows[0][0].states
+    B, G = len(rows), first.taps_TG.shape[1]
+    taps = torch.zeros(B, width, G, dtype=torch.bfloat16)
+    teacher = None if first.final_TD is None else torch.zeros(B, width, first.final_TD.shape[1], dtype=torch.bfloat16)
+    ids, positions, offsets = (torch.zeros(B, width, dtype=torch.int64) for _ in range(3))
+    labels, segments = (torch.full((B, width), -1, dtype=torch.int64) for _ in range(2))
+    for b, slices in enumerate(rows):
+        at = 0
+        for segment, cut in enumerate(slices):
+            s, e = cut.start, cut.start + cut.rows
+            labelled = min(e, len(cut.states.taps_TG) - 1) - s               # the last row of a window has no label
+            here = slice(at, at + cut.rows)
+            taps[b, here] = cut.states.taps_TG[s:e]
+            ids[b, here] = cut.states.token_ids[s + 1 : e + 1]
+            labels[b, at : at + labelled] = cut.states.token_ids[s + 2 : s + 2 + labelled]
+            if teacher is not None:
+                assert cut.states.final_TD is not None, "windows with and without final states in one batch"
+                teacher[b, at : at + labelled] = cut.states.final_TD[s + 1 : s + 1 + labelled]
+            offsets[b, here] = torch.arange(cut.rows)
+            positions[b, here] = cut.states.window.start_pos + s + offsets[b, here]
+            segments[b, here] = segment
+            at += cut.rows
+    requests = tuple(tuple(cut.states.window.request_id for cut in slices) for slices in rows)
+    return Batch(taps, ids, labels, teacher, positions, segments, offsets, requests)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws batches from the drifted workload's windows and from the replay set."""
+
+    focus: Sequence[WindowStates]
+    replay: Sequence[WindowStates]
+    batch_rows: int
+    window_rows: int
+    replay_share: float
+    seed: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`. Over any run of steps, `replay_share` of the batch rows are replay, as evenly as can be."""
+        chance = random.Random(f"{self.seed}/{step}")                       # noqa: S311 - not for secrets
+        first = step * self.batch_rows
+        return pack([self._fill(self._pool(first + b), chance) for b in range(self.batch_rows)], self.window_rows)
+
+    def _pool(self, n: int) -> Sequence[WindowStates]:
+        if not self.replay or not self.focus:
+            return self.focus or self.replay
+        return self.replay if int((n + 1) * self.replay_share) > int(n * self.replay_share) else self.focus
+
+    def _fill(self, pool: Sequence[WindowStates], chance: random.Random) -> list[Slice]:
+        slices: list[Slice] = []
+        room = self.window_rows
+        while not slices or room >= MIN_SLICE:
+            states = pool[chance.randrange(len(pool))]
+            rows = min(room, len(states.taps_TG))
+            slices.append(Slice(states, chance.randint(0, len(states.taps_TG) - rows), rows))
+            room -= rows
+        return slices
+
+
+def whole(windows: Sequence[WindowStates]) -> Batch:
+    """Whole windows, one per batch row, padded to the longest."""
+    return pack([[Slice(w, 0, len(w.taps_TG))] for w in windows], max(len(w.taps_TG) for w in windows))

@@ -1,0 +1,106 @@
+"""The training loss: what the target would emit, at every depth of the unrolled draft. Knows no optimizer.
+
+    L = sum_j decay^j / N_j  sum_rows  (1 - s) CE(label, p_j) + s KL(q || p_j)
+
+q = softmax(lm_head · f_{t+1}) is the target's distribution for the token after row t+1, the label its argmax (what a
+greedy target emits); where the engine stored no final states the label is the captured token and s = 0. With a reduced
+draft vocabulary q is renormalised on it, and rows whose label lies outside are left out.
+
+CE and KL share their logits: with m = (1 - s) onehot(label) + s q their sum is logsumexp(z) - m · z - s H(q).
+
+B = batch rows, T = token rows, M = labelled rows, D = hidden size, V = target vocabulary, U = draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tide_pipeline.models.eagle3 import Eagle3Draft
+from tide_pipeline.training.batches import NO_LABEL, Batch
+from tide_pipeline.training.unroll import Unroll
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the parts of the loss are weighed."""
+
+    ttt_steps: int
+    soft_share: float
+    step_decay: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the labelled rows of a batch are trained toward; rows are flat indices into [B * T]."""
+
+    rows_M: Tensor
+    labels_M: Tensor               # draft ids
+    mixture_MU: Tensor             # m: sums to 1
+    entropy_M: Tensor              # s H(q): what the loss can't go below
+
+
+def draft_ids(draft: Eagle3Draft) -> Tensor:
+    """Target id of every draft id [U]."""
+    return torch.arange(len(draft.d2t), device=draft.d2t.device) + draft.d2t
+
+
+@torch.no_grad()
+def make_targets(batch: Batch, draft: Eagle3Draft, lm_head_VD: Tensor, soft_share: float) -> Targets:
+    """Labels and soft targets, once per batch."""
+    U, full = draft.shape.draft_vocab_size, draft.shape.draft_vocab_size == draft.shape.vocab_size
+    rows_M = (batch.labels_BT.flatten() != NO_LABEL).nonzero().squeeze(1)
+    labels_M = batch.labels_BT.flatten()[rows_M]
+    z_MV = None
+    if batch.teacher_BTD is not None:
+        z_MV = batch.teacher_BTD.flatten(0, 1)[rows_M].float() @ lm_head_VD.T
+        labels_M = z_MV.argmax(-1)
+    if not full:
+        ids_U = draft_ids(draft)
+        known = draft.t2d[labels_M]
+        rows_M, labels_M = rows_M[known], torch.searchsorted(ids_U, labels_M[known])
+        z_MV = None if z_MV is None else z_MV[known][:, ids_U]
+    s = soft_share if z_MV is not None else 0.0
+    if z_MV is None or s == 0.0:
+        mixture_MU, entropy_M = torch.zeros(len(rows_M), U, device=rows_M.device), torch.zeros(len(rows_M), device=rows_M.device)
+    else:
+        q_MU = z_MV.softmax(-1)
+        entropy_M = s * (torch.logsumexp(z_MV, -1) - (q_MU * z_MV).sum(-1))
+        mixture_MU = q_MU.mul_(s)
+    mixture_MU.scatter_add_(1, labels_M.unsqueeze(1), torch.full_like(mixture_MU[:, :1], 1 - s))
+    return Targets(rows_M, labels_M, mixture_MU, entropy_M)
+
+
+class MixtureLoss(torch.autograd.Function):
+    """sum_rows w (logsumexp(z) - m · z), with its gradient w (softmax(z) - m) made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, z_MU: Tensor, mixture_MU: Tensor, weight_M: Tensor) -> Tensor:
+        z_MU = z_MU.float()
+        lse_M1 = torch.logsumexp(z_MU, -1, keepdim=True)
+        loss_M = lse_M1.squeeze(1) - torch.linalg.vecdot(mixture_MU, z_MU)
+        ctx.save_for_backward((z_MU - lse_M1).exp_().sub_(mixture_MU).mul_(weight_M.unsqueeze(1)))
+        return (weight_M * loss_M).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (gradient_MU,) = ctx.saved_tensors
+        return gradient_MU * grads[0], None, None
+
+
+def ttt_loss(draft: Eagle3Draft, batch: Batch, embedding_VD: Tensor, lm_head_VD: Tensor, weights: LossWeights) -> Tensor:
+    """The loss of one batch, a scalar that can be differentiated. Zero when no row of the batch has a label."""
+    targets = make_targets(batch, draft, lm_head_VD, weights.soft_share)
+    offsets_M = batch.offsets_BT.flatten()[targets.rows_M]
+    unroll = Unroll(draft, embedding_VD, batch.taps_BTG, batch.positions_BT, batch.segments_BT)
+    total = torch.zeros((), device=offsets_M.device)
+    for j in range(weights.ttt_steps):
+        states_MD = unroll.step(batch.next_ids_BT).flatten(0, 1)[targets.rows_M]
+        valid_M = (offsets_M >= j).float()                                   # row t of step j needs an anchor, row t-j
+        weight_M = valid_M * (weights.step_decay**j / valid_M.sum().clamp(min=1))
+        total = total + MixtureLoss.apply(draft.lm_head(draft.norm(states_MD)), targets.mixture_MU, weight_M)
+        total = total - (weight_M * targets.entropy_M).sum()
+    return total
