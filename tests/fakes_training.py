@@ -46,7 +46,8 @@ def write_target(folder: Path, seed: int = 0, scale: float = 0.15) -> None:
     weights = {"model.embed_tokens.weight": w(V, D) * 4, "model.norm.weight": torch.ones(D)}
     for i in range(d["num_hidden_layers"]):
         p = f"model.layers.{i}."
-        weights |= {p + "self_attn.q_proj.weight": w(q, D), p + "self_attn.k_proj.weight": w(kv, D), p + "self_attn.v_proj.weight": w(kv, D),
+        weights |= {p + "self_attn.q_proj.weight": w(q, D), p + "self_attn.k_proj.weight": w(kv, D),
+                    p + "self_attn.v_proj.weight": w(kv, D),
                     p + "self_attn.o_proj.weight": w(D, q), p + "mlp.gate_proj.weight": w(I, D), p + "mlp.up_proj.weight": w(I, D),
                     p + "mlp.down_proj.weight": w(D, I), p + "input_layernorm.weight": torch.ones(D),
                     p + "post_attention_layernorm.weight": torch.ones(D)}

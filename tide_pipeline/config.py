@@ -92,8 +92,18 @@ class TrainingSettings:
     eval_share: float = 0.12           # of requests, held out by request
     eval_every_s: float = 10.0
     checkpoint_every_s: float = 15.0
-    max_windows: int = 4_000
+    max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
     seed: int = 0
+    optimizer: str = "adamw"           # adamw, or muon: Muon for the layer's matrices, AdamW for the rest
+    muon_learning_rate: float = 0.02
+    warmup_steps: int = 20
+    clip_norm: float = 1.0             # of the gradient; 0 is off
+    autocast: bool = True              # bf16 products; the residual stream, the loss and the weights stay fp32
+    train_lm_head: bool = True         # false keeps the target's own, which is a third cheaper
+    draft_vocab_size: int = 0          # most frequent tokens of the windows; 0 is the target's whole vocabulary
+    min_requests: int = 8              # of the drifted workload, held-out ones included
+    eval_windows: int = 32             # held-out windows replayed at each evaluation
+    eval_every_steps: int = 0          # evaluate by steps instead of by time: with time_budget_s = 0 a run is then exact
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,95 @@
-"""Make the pocket target again, step by step: `python engines/pocket/make.py corpus tokenizer target prompts champion card`."""
+"""Make the pocket target again, step by step.
+
+    python engines/pocket/make.py corpus      # text from ordinary packages on this machine   (1 min)
+    python engines/pocket/make.py tokenizer   # byte-level BPE of 4,096                        (1 min)
+    python engines/pocket/make.py target      # the Llama itself                               (--minutes 66, both cores)
+    python engines/pocket/make.py prompts     # the target writes the prompts that ship        (10 min)
+    python engines/pocket/make.py champion    # capture, train the first draft                 (20 min)
+    python engines/pocket/make.py card        # losses, looping share, acceptance -> README.md (5 min)
+
+Intermediate files go to .work/ (never committed); results go into this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(ROOT))
+
+SEEN = ("py", "c", "en")                 # domains the champion draft is trained on; de and html stay unseen
+PROMPTS = {"en": 120, "py": 240, "c": 120, "de": 320, "html": 120}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="+", choices=["corpus", "tokenizer", "target", "prompts", "champion", "card"])
+    parser.add_argument("--work", type=Path, default=ROOT / ".work")
+    parser.add_argument("--minutes", type=float, help="training time of target (66) or champion (12)")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(args.threads)
+    for step in args.steps:
+        STEPS[step](args)
+
+
+def corpus(args: argparse.Namespace) -> None:
+    from recipe.corpus import build_corpus
+
+    print(build_corpus(args.work / "corpus"))
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    from recipe.tokenizer import encode_corpus, train_tokenizer
+
+    train_tokenizer(args.work / "corpus", args.work / "tokenizer.json")
+    encode_corpus(args.work / "corpus", args.work / "tokenizer.json")
+
+
+def target(args: argparse.Namespace) -> None:
+    from recipe.export import export_target
+    from recipe.target import TargetSchedule, train_target
+
+    train_target(args.work / "corpus", args.work, TargetSchedule(minutes=args.minutes or TargetSchedule.minutes))
+    export_target(args.work / "target.safetensors", args.work / "tokenizer.json", HERE / "target")
+
+
+def prompts(args: argparse.Namespace) -> None:
+    from recipe.prompts import write_prompts
+
+    write_prompts(HERE, PROMPTS)
+
+
+def champion(args: argparse.Namespace) -> None:
+    from recipe.champion import capture_domains, train_champion
+
+    from tide_pipeline.recipes import load
+
+    state = args.work / "champion"
+    shutil.rmtree(state, ignore_errors=True)
+    config = load(values={"state_dir": str(state), "engines_dir": str(HERE.parent)})
+    capture_domains(HERE, args.work / "corpus", config.state.lake, SEEN, requests_per_domain=160)
+    train_champion(config, state / "draft", args.minutes or 12.0)
+    for name in ("config.json", "model.safetensors", "provenance.json"):
+        (HERE / "champion").mkdir(exist_ok=True)
+        shutil.copy(state / "draft" / name, HERE / "champion" / name)
+
+
+def card(args: argparse.Namespace) -> None:
+    from recipe.card import write_card
+
+    write_card(HERE, args.work)
+
+
+STEPS = {"corpus": corpus, "tokenizer": tokenizer, "target": target, "prompts": prompts, "champion": champion, "card": card}
+
+if __name__ == "__main__":
+    main()

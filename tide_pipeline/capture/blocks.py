@@ -41,7 +41,7 @@ class AcceptanceBlocks:
     """One request's open blocks; `emit` takes each closed one as a row."""
 
     def __init__(self, opened: RequestOpened, replica: str, engine_digest: str, block_steps: int,
-                 emit: Callable[[AcceptanceRow], None], clock: Callable[[], float]) -> None:
+                 emit: Callable[[AcceptanceRow], object], clock: Callable[[], float]) -> None:
         self._opened, self._replica, self._engine_digest = opened, replica, engine_digest
         self._block_steps, self._emit, self._clock = block_steps, emit, clock
         self._open: dict[BlockKey, _Block] = {}

@@ -72,7 +72,7 @@ def list_windows(signals_root: Path, target: str, *, workloads: Collection[str] 
     found: list[SignalWindow] = []
     other_engines = 0
     for shard in reversed(shards):         # newest shard first
-        if max_windows is not None and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
+        if max_windows is not None and found and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
             break                          # no row of this shard, or of an older one, closed later than what we have
         for window in _readable_windows(shard, target, skipped):
             if (workloads is not None and window.workload not in workloads) or (since is not None and window.closed_at < since):

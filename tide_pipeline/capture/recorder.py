@@ -17,7 +17,7 @@ from tide_pipeline.capture.control import CollectionControl
 from tide_pipeline.capture.windows import MAX_ROWS, ClosedWindow, RowShape, WindowAssembler
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings
-from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent
+from tide_pipeline.contracts import FinishReason, RequestClosed, RequestOpened, StepEvent
 from tide_pipeline.engine.taps import TapRing
 
 _log = logging.getLogger(__name__)
@@ -98,11 +98,9 @@ class Recorder:
         return self._writer.flush(timeout_s)
 
     def close(self) -> None:
-        """Close the windows of requests that never ended, write all, stop the writer."""
-        for request in self._requests.values():
-            if request.windows is not None:
-                request.windows.close()
-        self._requests = {}
+        """Count requests that never ended as cancelled, write all, stop the writer."""
+        for request_id in list(self._requests):
+            self.on_close(RequestClosed(request_id, FinishReason.CANCELLED, 0.0, 0.0, 0))
         self._writer.close()
 
     def stats(self) -> dict[str, int | float | bool | str]:

@@ -66,7 +66,7 @@ class RowShape:
 class WindowAssembler:
     """Collects one request's rows; calls `emit` with each closed window."""
 
-    def __init__(self, opened: RequestOpened, shape: RowShape, emit: Callable[[ClosedWindow], None],
+    def __init__(self, opened: RequestOpened, shape: RowShape, emit: Callable[[ClosedWindow], object],
                  clock: Callable[[], float], max_rows: int = MAX_ROWS) -> None:
         self._opened, self._shape, self._emit, self._clock, self._max_rows = opened, shape, emit, clock, max_rows
         self._draft_version = ""

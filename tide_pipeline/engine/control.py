@@ -56,7 +56,7 @@ class Survival:
         self._keep = 1.0 - 1.0 / window
 
     def observe(self, drafted: int, accepted: int) -> None:
-        for i in range(min(accepted + 1, drafted)):
+        for i in range(min(accepted + 1, drafted, len(self._tried))):      # a request may fix a length beyond the controller's
             self._tried[i] = self._tried[i] * self._keep + 1.0
             self._kept[i] = self._kept[i] * self._keep + (1.0 if i < accepted else 0.0)
 
@@ -94,9 +94,12 @@ class SpeculationController:
 
     def choose(self, batch: int, drafting: Sequence[Survival]) -> int:
         """Depth for the requests whose estimates are given; `batch` counts all requests of the step."""
-        plain_ms = self.times.ms(batch, 0)
-        if not drafting or plain_ms is None:
-            return self.max_depth if drafting else 0
+        if not drafting:
+            return 0
+        unmeasured = (depth for depth in range(self.max_depth + 1) if self.times.ms(batch, depth) is None)
+        if (depth := next(unmeasured, None)) is not None:
+            return depth                                   # tried once: what has no time could never be chosen
+        plain_ms = self.times.ms(batch, 0) or 1.0
         idle = batch - len(drafting)
         expected = [estimate.expected_tokens() for estimate in drafting]
         best, best_rate = 0, batch / plain_ms * (1.0 + self.settings.switch_margin)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.sampling import Purpose, distribution, draw, uniform
+from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
 from tide_pipeline.models.eagle3 import DraftRunner
 from tide_pipeline.models.target import Target
@@ -42,8 +43,11 @@ class ResidentDraft:
         identity = DraftIdentity(target.spec.name, target.digest, target.spec.capture_layers)
         self.build = build
         self.digest = digest_draft(folder)
+        if build.draft_digest and build.draft_digest != self.digest:
+            raise BuildError(f"draft {folder} has digest {self.digest[:16]}, build {build.build_id} names {build.draft_digest[:16]}: "
+                             "it was altered, build it again with `tide build`")
         self.runner = DraftRunner(load_draft(folder, target.shape, identity), target.embedding_VD)
-        self.cache = self.runner.new_cache(slots, positions)
+        self.cache = self.runner.new_cache(slots, positions + WIDE_CATCH_UP)    # padding may reach past the last position
         self.members: list[ActiveRequest] = []
 
     def join(self, request: ActiveRequest) -> None:
@@ -121,8 +125,7 @@ class ResidentDraft:
                 q = distribution(logits_BV[i : i + 1], how)[0]
                 if not self.runner.full_vocab:
                     wide = torch.zeros(self.runner.shape.vocab_size, dtype=q.dtype)
-                    wide[self.runner.to_target(torch.arange(len(q)))] = q
-                    q = wide
+                    q = wide.index_add_(0, self.runner.to_target(torch.arange(len(q))), q)    # adds: d2t may name a token twice
                 kept[i].append(q)
                 ids[i] = draw(q, uniform(how.seed, len(m.tokens) + j, Purpose.DRAFT))
         return ids

@@ -67,7 +67,7 @@ class EmbeddedEngine:
         self._waiting: deque[ActiveRequest] = deque()
         self._prefilling: ActiveRequest | None = None
         self._running: list[ActiveRequest] = []
-        self._ids: set[str] = set()
+        self._requests: dict[str, ActiveRequest] = {}      # by id, from submission to their end
         self._wake = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -94,11 +94,11 @@ class EmbeddedEngine:
         with self._wake:
             if self._closed:
                 raise EngineClosed("the engine is shutting down: send the request to another replica")
-            if request.request_id in self._ids:
+            if request.request_id in self._requests:
                 raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request: choose another")
             if len(self._waiting) >= self.serve.queue_size:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
-            self._ids.add(request.request_id)
+            self._requests[request.request_id] = active
             self._waiting.append(active)
             self._wake.notify()
         return stream
@@ -140,11 +140,10 @@ class EmbeddedEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
-        for active in [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._running]:
-            self._tell(active, (), FinishReason.CANCELLED)
         self._waiting.clear()
-        self._running.clear()
-        self.sink.close()
+        for active in list(self._requests.values()):
+            self._finish(active, FinishReason.CANCELLED)
+        self._sink(self.sink.close)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -203,7 +202,7 @@ class EmbeddedEngine:
         self._sink(lambda: self.sink.on_step((event,)))
         if emitted:
             self._join(active)
-            self._advance(active, list(emitted))
+            self._advance(active, *self._take(active, list(emitted)))
 
     def _join(self, active: ActiveRequest) -> None:
         """From the spare slot to the lowest free one, and to the draft it will keep to its end."""
@@ -240,15 +239,16 @@ class EmbeddedEngine:
             how = r.request.sampling
             n, emitted = accept_greedy(p.tokens, argmax[i]) if r.greedy else accept_sampled(
                 p.tokens, p.q_KV, distribution(logits[i, : 1 + len(p.tokens)], how), how.seed, len(r.tokens))
-            emitted = self._cut(r, emitted)
+            emitted, text = self._take(r, emitted)
             rows = len(emitted)                                    # rows of the last token and of the accepted drafts kept
+            drafted = p.tokens if rows > n else p.tokens[:rows]    # what stands past the end was neither accepted nor refused
             if r.draft is not None:
                 r.waiting_taps.append(taps[i, :rows])
             handle = self.ring.put(taps[i, :rows], final[i, :rows] if self.spec.soft_targets else None)
-            verdicts.append((r, p.tokens, n, emitted, handle))
+            verdicts.append((r, drafted, min(n, rows), emitted, text, handle))
         step_ms = (time.perf_counter() - began) * 1e3
         events = []
-        for r, drafted, n, emitted, handle in verdicts:
+        for r, drafted, n, emitted, _, handle in verdicts:
             what = StepKind.DECODE if not drafted else kind if r.fixed_length is None else StepKind.VERIFY
             consumed = (r.tokens[-1], *emitted[:-1])
             events.append(StepEvent(r.request.request_id, what, r.consumed, consumed, tuple(emitted), tuple(drafted), n,
@@ -256,8 +256,8 @@ class EmbeddedEngine:
             self._observe(r, drafted, n)
             r.consumed += len(emitted)
         self._sink(lambda: self.sink.on_step(events))
-        for r, _, _, emitted, _ in verdicts:
-            self._advance(r, emitted)
+        for r, _, _, emitted, text, _ in verdicts:
+            self._advance(r, emitted, text)
         self._account(running, lengths, depth, kind, (time.perf_counter() - began) * 1e3)
 
     # --- parts of a step ------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class EmbeddedEngine:
         depth = self.control.choose(len(running), [self.control.survival(r.request.workload, r.version) for r in auto])
         kind = StepKind.VERIFY
         if auto and depth == 0 and self.control.probe_due(len(running), self._catch_up_ms(auto)):
-            depth, kind = min(self.control.settings.probe_length, self.max_depth), StepKind.PROBE
+            depth, kind = min(self.control.settings.probe_length, self.control.max_depth), StepKind.PROBE
         lengths = {}
         for r in running:
             wanted = 0 if r.draft is None else depth if r.fixed_length is None else r.fixed_length
@@ -289,14 +289,21 @@ class EmbeddedEngine:
         plain = self.control.times.ms(1, 0) or 0.0
         return sum(r.waiting_rows for r in auto) * plain / 100.0
 
-    def _cut(self, r: ActiveRequest, emitted: list[int]) -> list[int]:
-        """At max_tokens and after the end-of-text token."""
-        emitted = emitted[: r.remaining]
-        if not r.request.sampling.ignore_eos:
-            for i, token in enumerate(emitted):
-                if token in self.target.shape.eos_ids:
-                    return emitted[: i + 1]
-        return emitted
+    def _take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:
+        """The tokens of a step that the request takes, and their text. It ends at max_tokens, at end-of-text and at a stop
+        string, on the same token as plain decoding does."""
+        emitted, how = emitted[: r.remaining], r.request.sampling
+        if not how.ignore_eos:
+            end = next((i for i, token in enumerate(emitted) if token in self.target.shape.eos_ids), len(emitted))
+            emitted = emitted[: end + 1]
+        if not how.stop:
+            return emitted, r.text.push(emitted)
+        text = ""
+        for i, token in enumerate(emitted):
+            text += r.text.push([token])
+            if r.text.stopped:
+                return emitted[: i + 1], text
+        return emitted, text
 
     def _observe(self, r: ActiveRequest, drafted: list[int], n: int) -> None:
         r.target_steps += 1
@@ -319,11 +326,10 @@ class EmbeddedEngine:
         if used == 0:
             self.control.earn(ms)
 
-    def _advance(self, r: ActiveRequest, emitted: list[int]) -> None:
+    def _advance(self, r: ActiveRequest, emitted: list[int], text: str) -> None:
         """Append what a step emitted, tell the client, and end the request when it is done."""
         r.tokens.extend(emitted)
         self._count["tokens"] += len(emitted)
-        text = r.text.push(emitted)
         reason = None
         if r.text.stopped or (emitted[-1] in self.target.shape.eos_ids and not r.request.sampling.ignore_eos):
             reason = FinishReason.STOP
@@ -348,7 +354,7 @@ class EmbeddedEngine:
                 self._waiting.remove(r)
         active = [*self._running, *([self._prefilling] if self._prefilling else [])]
         for r, reason in [*gone, *((r, reason) for r in active if (reason := ended(r)))]:
-            self._finish(r, reason)
+            self._finish(r, reason, text=r.text.finish())
 
     def _finish(self, r: ActiveRequest, reason: FinishReason, tokens: tuple[int, ...] = (), text: str = "", error: str = "") -> None:
         if r is self._prefilling:
@@ -361,7 +367,7 @@ class EmbeddedEngine:
                 self._running[r.slot] = last
         if r.draft is not None:
             r.draft.leave(r)
-        self._ids.discard(r.request.request_id)
+        self._requests.pop(r.request.request_id, None)
         self._count["finished"] += 1
         if r.slot >= 0:
             now = time.monotonic()
@@ -381,9 +387,8 @@ class EmbeddedEngine:
 
     def _cancel(self, request_id: str) -> None:
         with self._wake:
-            for r in [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._running]:
-                if r.request.request_id == request_id:
-                    r.cancelled = True
+            if (r := self._requests.get(request_id)) is not None:
+                r.cancelled = True
 
     def _sink(self, call: Callable[[], None]) -> None:
         """A sink that raises is replaced: serving goes on, and the count says so."""

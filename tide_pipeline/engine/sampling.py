@@ -35,7 +35,8 @@ def uniform(seed: int, position: int, purpose: Purpose) -> float:
 
 def distribution(logits_NV: Tensor, how: SamplingParams) -> Tensor:
     """Probabilities after temperature, top-k and top-p, fp64: [N, V] -> [N, V]. Temperature must be above 0."""
-    scaled = logits_NV.double() / how.temperature
+    scaled = logits_NV.double()
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / how.temperature    # the largest is 0: no temperature overflows
     if 0 < how.top_k < scaled.shape[-1]:
         kth = scaled.topk(how.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kth, float("-inf"))

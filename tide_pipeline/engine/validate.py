@@ -40,6 +40,6 @@ def _draft_length(speculation: str, max_depth: int) -> int | None:
         return None
     if speculation == "off":
         return 0
-    if speculation.isdecimal() and 0 <= int(speculation) <= max_depth:
+    if speculation in map(str, range(max_depth + 1)):
         return int(speculation)
     raise InvalidRequest(f"speculation must be auto, off or a draft length of 0 to {max_depth}, got {speculation!r}")

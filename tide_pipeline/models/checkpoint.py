@@ -25,6 +25,8 @@ from tide_pipeline.provenance import birth_certificate, digest_files, write_atom
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FILES = ("config.json", "model.safetensors")
+SIZES = ("hidden_size", "vocab_size", "draft_vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def load_draft(folder: Path, target: TargetShape, expect: DraftIdentity | None =
         EngineMismatch: trained for another target or other captured layers than `expect`.
     """
     config, found = _config(folder), read_identity(folder)
+    missing = [name for name in SIZES if name not in config]
+    if missing:
+        raise CheckpointError(f"{folder}/config.json lacks {', '.join(missing)}")
     if expect is not None and found.engine_digest and found.engine_digest != expect.engine_digest:
         raise EngineMismatch(f"draft {folder} was trained on engine {found.engine_digest} ({found.target}), this is {expect.engine_digest} "
                              f"({expect.target}): train one for this target with `tide train`")
@@ -95,8 +100,16 @@ def load_draft(folder: Path, target: TargetShape, expect: DraftIdentity | None =
     if (config["hidden_size"], config["vocab_size"]) != (target.hidden_size, target.vocab_size):
         raise EngineMismatch(f"draft {folder} is for hidden size {config['hidden_size']} and vocabulary {config['vocab_size']}; "
                              f"the target has {target.hidden_size} and {target.vocab_size}")
+    if config["max_position_embeddings"] < target.max_positions:
+        raise EngineMismatch(f"draft {folder} ends at position {config['max_position_embeddings']}, the target at {target.max_positions}: "
+                             "set max_position_embeddings to the target's")
     weights = _weights(folder)
-    num_taps = weights["fc.weight"].shape[-1] // config["hidden_size"] if "fc.weight" in weights else 0
+    if "fc.weight" not in weights:
+        raise CheckpointError(f"{folder}/model.safetensors: fc.weight is missing")
+    num_taps = weights["fc.weight"].shape[-1] // config["hidden_size"]
+    if num_taps < 1 or (expect is not None and num_taps != len(expect.capture_layers)):
+        raise EngineMismatch(f"draft {folder} reads {num_taps} layers, this engine captures "
+                             f"{len(expect.capture_layers) if expect else 'at least 1'}")
     draft = Eagle3Draft(DraftShape(
         config["hidden_size"], num_taps, Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]),
         config["intermediate_size"], config["vocab_size"], config["draft_vocab_size"], config["max_position_embeddings"],
@@ -110,8 +123,7 @@ def load_draft(folder: Path, target: TargetShape, expect: DraftIdentity | None =
         if not torch.isfinite(weights[name]).all():
             raise CheckpointError(f"{folder}: {name} holds NaN or infinite values; this draft must not be served")
     ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
-    full = config["draft_vocab_size"] == config["vocab_size"]
-    if not full and (int(ids.min()) < 0 or int(ids.max()) >= config["vocab_size"]):
+    if int(ids.min()) < 0 or int(ids.max()) >= config["vocab_size"]:
         raise CheckpointError(f"{folder}: d2t points outside the target's vocabulary of {config['vocab_size']}")
     draft.load_state_dict(weights)
     return draft

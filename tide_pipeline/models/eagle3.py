@@ -85,7 +85,7 @@ class DraftRunner:
         self.norm = weights["norm.weight"]
         self.head = Linear(weights["lm_head.weight"])
         self.d2t = draft.d2t.clone()
-        self.full_vocab = s.draft_vocab_size == s.vocab_size
+        self.full_vocab = s.draft_vocab_size == s.vocab_size and not bool(self.d2t.any())
         self.cos, self.sin = draft.cos.float(), draft.sin.float()
 
     def new_cache(self, slots: int, positions: int) -> KVCache:

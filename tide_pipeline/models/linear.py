@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+PACKED_ROWS = 4                  # the number of rows that weights are packed for
+PACK_FROM = 100_000              # elements; below, the call itself costs more than packing saves
+
+
 class Linear:
     """y = x W^T for weights [out, in]; picks the product by the number of rows. Inference only."""
 
@@ -20,18 +24,22 @@ class Linear:
         rows_out, rows_in = weight_OI.shape
         # One row: a wide matrix is read faster column-wise.
         self.weight = weight_OI.t().contiguous().t() if rows_out > rows_in else weight_OI.contiguous()
-        self.packed = _pack(weight_OI) if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 else None
+        worth_it = weight_OI.numel() >= PACK_FROM and weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+        self.packed = _pack(weight_OI) if worth_it else None
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         if self.packed is None or x_NI.shape[0] == 1:
             return F.linear(x_NI, self.weight)
+        rows = x_NI.shape[0]
+        if rows < PACKED_ROWS and self.weight.shape[0] > self.weight.shape[1]:
+            x_NI = F.pad(x_NI, (0, 0, 0, PACKED_ROWS - rows))      # oneDNN's kernels for 2 and 3 rows are slower than that for 4
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self.packed, None, "none", [], "")
-        return out
+        return out[:rows]
 
 
 def _pack(weight_OI: Tensor) -> Tensor | None:
     try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), 4)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACKED_ROWS)
         x = torch.linspace(-1, 1, 3 * weight_OI.shape[1]).view(3, -1)
         got = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError):

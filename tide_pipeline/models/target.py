@@ -40,6 +40,7 @@ class TargetShape:
     rope_theta: float
     eps: float
     eos_ids: tuple[int, ...]
+    tied: bool                     # the embeddings serve as lm_head too
 
 
 def read_shape(folder: Path) -> TargetShape:
@@ -54,17 +55,35 @@ def read_shape(folder: Path) -> TargetShape:
     if architecture not in SUPPORTED:
         raise CheckpointError(f"{folder}: architecture {architecture} is not supported by the embedded engine; "
                               f"it serves {', '.join(SUPPORTED)}")
-    if raw.get("rope_scaling"):
-        raise CheckpointError(f"{folder}: rope_scaling is not supported by the embedded engine")
-    rope = raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters") or {}                       # transformers 5; rope_scaling before
+    scaling = raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
+    for name, found, wanted in (("rope type", kind, "default"), ("hidden_act", raw.get("hidden_act", "silu"), "silu")):
+        if found != wanted:
+            raise CheckpointError(f"{folder}: {name} {found!r} is not supported by the embedded engine; it serves {wanted!r}")
     eos = raw.get("eos_token_id")
-    heads = raw["num_attention_heads"]
-    return TargetShape(
-        hidden_size=raw["hidden_size"], layers=raw["num_hidden_layers"],
-        heads=Heads(heads, raw.get("num_key_value_heads", heads), raw.get("head_dim") or raw["hidden_size"] // heads),
-        intermediate_size=raw["intermediate_size"], vocab_size=raw["vocab_size"], max_positions=raw["max_position_embeddings"],
-        rope_theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)), eps=raw["rms_norm_eps"],
-        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ())
+    try:
+        heads = raw["num_attention_heads"]
+        return TargetShape(
+            hidden_size=raw["hidden_size"], layers=raw["num_hidden_layers"],
+            heads=Heads(heads, raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads),
+            intermediate_size=raw["intermediate_size"], vocab_size=raw["vocab_size"], max_positions=raw["max_position_embeddings"],
+            rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0, eps=raw["rms_norm_eps"],
+            eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+            tied=bool(raw.get("tie_word_embeddings", False)))
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {error.args[0]}: fetch the target again") from error
+
+
+def weight_shapes(shape: TargetShape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a checkpoint of this shape holds; a tied one may leave out lm_head."""
+    D, I, E = shape.hidden_size, shape.intermediate_size, shape.heads.size  # noqa: E741
+    q, kv = shape.heads.query * E, shape.heads.kv * E
+    layer = {"self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, q),
+             "mlp.gate_proj": (I, D), "mlp.up_proj": (I, D), "mlp.down_proj": (D, I),
+             "input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    return {"model.embed_tokens.weight": (shape.vocab_size, D), "model.norm.weight": (D,), "lm_head.weight": (shape.vocab_size, D),
+            **{f"model.layers.{i}.{name}.weight": size for i in range(shape.layers) for name, size in layer.items()}}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -84,7 +103,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def engine_digest(folder: Path, spec: EngineSpec) -> str:
     """What captured states depend on: the target's weights and shape, and which layers are tapped. 16 hex digits."""
-    files = digest_files({name: folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")})
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"target {folder} is incomplete: {', '.join(missing)} missing; fetch it again")
+    files = digest_files({name: folder / name for name in names})
     text = f"{files} layers={spec.capture_layers} final={spec.soft_targets}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -96,21 +119,17 @@ class Target:
         self.shape = read_shape(folder)
         self.spec = spec
         self.digest = engine_digest(folder, spec)
-        if max(spec.capture_layers) >= self.shape.layers:
-            raise CheckpointError(f"capture_layers {spec.capture_layers} reach past the target's {self.shape.layers} layers: "
+        layers = spec.capture_layers
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.shape.layers:
+            raise CheckpointError(f"capture_layers {layers} must be ascending layers of the target's {self.shape.layers} (from 0): "
                                   "fix engine.toml")
         weights = read_weights(folder)
-        try:
-            self.embedding_VD = weights["model.embed_tokens.weight"]
-            self.layers = [DecoderLayer(weights, f"model.layers.{i}.", self.shape.heads, self.shape.eps) for i in range(self.shape.layers)]
-            self.input_norms = [weights[f"model.layers.{i}.input_layernorm.weight"] for i in range(self.shape.layers)]
-            self.norm = weights["model.norm.weight"]
-            self.lm_head_VD = weights.get("lm_head.weight", self.embedding_VD)
-        except KeyError as error:
-            raise CheckpointError(f"{folder}/model.safetensors lacks {error.args[0]}: it does not fit its config.json") from error
-        if self.embedding_VD.shape != (self.shape.vocab_size, self.shape.hidden_size):
-            raise CheckpointError(f"{folder}: embeddings are {tuple(self.embedding_VD.shape)}, config.json says "
-                                  f"{(self.shape.vocab_size, self.shape.hidden_size)}")
+        _check_weights(folder, weights, self.shape)
+        self.embedding_VD = weights["model.embed_tokens.weight"]
+        self.layers = [DecoderLayer(weights, f"model.layers.{i}.", self.shape.heads, self.shape.eps) for i in range(self.shape.layers)]
+        self.input_norms = [weights[f"model.layers.{i}.input_layernorm.weight"] for i in range(self.shape.layers)]
+        self.norm = weights["model.norm.weight"]
+        self.lm_head_VD = self.embedding_VD if self.shape.tied else weights["lm_head.weight"]
         self.head = Linear(self.lm_head_VD)
         self.cos, self.sin = rotary_tables(self.shape.heads.size, self.shape.max_positions + 16, self.shape.rope_theta)
 
@@ -139,3 +158,19 @@ class Target:
     def logits(self, final_ND: Tensor) -> Tensor:
         """[N, D] -> [N, V]."""
         return self.head(final_ND)
+
+
+def _check_weights(folder: Path, weights: dict[str, Tensor], shape: TargetShape) -> None:
+    """A missing, misshapen or unknown tensor (a bias, a scale) would give other logits than the checkpoint's."""
+    wanted = weight_shapes(shape)
+    if shape.tied:
+        del wanted["lm_head.weight"]
+    for name, size in wanted.items():
+        if name not in weights:
+            raise CheckpointError(f"{folder}/model.safetensors lacks {name}: it does not fit its config.json")
+        if tuple(weights[name].shape) != size:
+            raise CheckpointError(f"{folder}: {name} is {tuple(weights[name].shape)}, config.json says {size}")
+    unknown = sorted(name for name in weights.keys() - wanted.keys()
+                     if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise CheckpointError(f"{folder}/model.safetensors holds {unknown[0]}, which the embedded engine does not know")

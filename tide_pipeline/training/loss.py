@@ -56,7 +56,7 @@ def make_targets(batch: Batch, draft: Eagle3Draft, lm_head_VD: Tensor, soft_shar
     labels_M = batch.labels_BT.flatten()[rows_M]
     z_MV = None
     if batch.teacher_BTD is not None:
-        z_MV = batch.teacher_BTD.flatten(0, 1)[rows_M].float() @ lm_head_VD.T
+        z_MV = (batch.teacher_BTD.flatten(0, 1)[rows_M].float() @ lm_head_VD.T).float()
         labels_M = z_MV.argmax(-1)
     if not full:
         ids_U = draft_ids(draft)
@@ -83,7 +83,8 @@ class MixtureLoss(torch.autograd.Function):
         lse_M1 = torch.logsumexp(z_MU, -1, keepdim=True)
         loss_M = lse_M1.squeeze(1) - torch.linalg.vecdot(mixture_MU, z_MU)
         ctx.save_for_backward((z_MU - lse_M1).exp_().sub_(mixture_MU).mul_(weight_M.unsqueeze(1)))
-        return (weight_M * loss_M).sum()
+        total: Tensor = (weight_M * loss_M).sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
@@ -101,6 +102,7 @@ def ttt_loss(draft: Eagle3Draft, batch: Batch, embedding_VD: Tensor, lm_head_VD:
         states_MD = unroll.step(batch.next_ids_BT).flatten(0, 1)[targets.rows_M]
         valid_M = (offsets_M >= j).float()                                   # row t of step j needs an anchor, row t-j
         weight_M = valid_M * (weights.step_decay**j / valid_M.sum().clamp(min=1))
-        total = total + MixtureLoss.apply(draft.lm_head(draft.norm(states_MD)), targets.mixture_MU, weight_M)
+        logits_MU = draft.lm_head(draft.norm(states_MD))
+        total = total + MixtureLoss.apply(logits_MU, targets.mixture_MU, weight_M)  # type: ignore[no-untyped-call]
         total = total - (weight_M * targets.entropy_M).sum()
     return total

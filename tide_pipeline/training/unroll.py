@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tide_pipeline.models.eagle3 import Eagle3Draft
 
@@ -32,8 +32,10 @@ class Unroll:
     def __init__(self, draft: Eagle3Draft, embedding_VD: Tensor, taps_BTG: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> None:
         """`segments` separates the windows packed into one batch row; rows of one segment are consecutive."""
         self.draft, self.embedding_VD = draft, embedding_VD
-        self.layer = draft.midlayer
-        self.states_BTD: Tensor = draft.fc(taps_BTG.to(draft.fc.weight.dtype))
+        w = self.w = {name.removesuffix(".weight"): p for name, p in draft.midlayer.named_parameters()}
+        self.qkv = torch.cat([w[f"self_attn.{n}_proj"] for n in "qkv"])
+        self.gate_up = torch.cat((w["mlp.gate_proj"], w["mlp.up_proj"]))
+        self.states_BTD: Tensor = draft.fc(taps_BTG.to(draft.fc.weight.dtype)).float()      # the residual stream stays fp32 under autocast
         self.depth = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -46,41 +48,41 @@ class Unroll:
     def step(self, next_ids_BT: Tensor) -> Tensor:
         """Go one token deeper; `next_ids` is the token after each row. Returns the draft's output states [B, T, D]."""
         hidden = self.states_BTD if self.depth == 0 else shift_rows(self.states_BTD, 1)
-        embedded = self.layer["input_layernorm"](F.embedding(next_ids_BT, self.embedding_VD))
-        both = torch.cat((embedded, self.layer["hidden_norm"](hidden)), dim=-1)
-        x = hidden + self._attend(both)
-        x = x + _feed_forward(self.layer["mlp"], self.layer["post_attention_layernorm"](x))
+        embedded = self._norm("input_layernorm", F.embedding(next_ids_BT, self.embedding_VD))
+        x = hidden + self._attend(torch.cat((embedded, self._norm("hidden_norm", hidden)), dim=-1))
+        x = x + self._feed_forward(self._norm("post_attention_layernorm", x))
         self.states_BTD = x
         self.depth += 1
         return x
 
     def _attend(self, x_BTI: Tensor) -> Tensor:
         """Softmax over the true keys at distance >= depth and one key of each earlier step of the row's own chain."""
-        attention, heads = self.layer["self_attn"], self.draft.shape.heads
+        heads = self.draft.shape.heads
         B, T, _ = x_BTI.shape
         K, E, G = heads.kv, heads.size, heads.query // heads.kv
-        q = self._rotate(attention["q_proj"](x_BTI).view(B, T, K * G, E)).view(B, T, K, G, E) * E**-0.5
-        self.keys.append(self._rotate(attention["k_proj"](x_BTI).view(B, T, K, E)))
-        self.values.append(attention["v_proj"](x_BTI).view(B, T, K, E))
+        q, k, v = F.linear(x_BTI, self.qkv).view(B, T, K * G + 2 * K, E).split((K * G, K, K), dim=2)
+        q = self._rotate(q).view(B, T, K, G, E) * E**-0.5
+        self.keys.append(self._rotate(k))
+        self.values.append(v)
         q_BKR = q.permute(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
         scores = q_BKR @ self.keys[0].permute(0, 2, 3, 1)                                    # [B, K, G * T, T]
         hidden = (self.lag_BTT < self.depth).unsqueeze(1)
         scores = scores.view(B, K, G, T, T).masked_fill(hidden.unsqueeze(1), float("-inf"))
-        chain = [i for i in range(1, self.depth + 1)]
+        chain = range(1, self.depth + 1)
         own = [(q * shift_rows(self.keys[i], self.depth - i).unsqueeze(3)).sum(-1).permute(0, 2, 3, 1) for i in chain]
         p = torch.cat((scores, torch.stack(own, dim=-1)), dim=-1).softmax(dim=-1) if own else scores.softmax(dim=-1)
         o = (p[..., :T].reshape(B, K, G * T, T) @ self.values[0].transpose(1, 2)).view(B, K, G, T, E).permute(0, 3, 1, 2, 4)
         for i in chain:
             o = o + p[..., T + i - 1].permute(0, 3, 1, 2).unsqueeze(-1) * shift_rows(self.values[i], self.depth - i).unsqueeze(3)
-        out: Tensor = attention["o_proj"](o.reshape(B, T, K * G * E))
-        return out
+        return F.linear(o.reshape(B, T, K * G * E), self.w["self_attn.o_proj"])
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = F.linear(x_BTD, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w["mlp.down_proj"])
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.w[name], self.draft.shape.eps)
 
     def _rotate(self, x_BTHE: Tensor) -> Tensor:
         half = x_BTHE.shape[-1] // 2
         return x_BTHE * self.cos + torch.cat((x_BTHE[..., half:], x_BTHE[..., :half]), dim=-1) * self.sin
-
-
-def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(mlp, nn.ModuleDict)
-    out: Tensor = mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
-    return out

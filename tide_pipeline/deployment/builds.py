@@ -1,0 +1,55 @@
+"""EngineBuild directories: `builds/<target>/<build id>/`. Knows files and digests; loads no weights.
+
+    build.json             the EngineBuild record; written last, so a directory without it is not a build
+    draft/                 the draft checkpoint (config.json, model.safetensors, provenance.json)
+    model_repository/      the Triton model repository that serves it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tide_pipeline.contracts import EngineBuild, from_dict
+from tide_pipeline.errors import BuildError
+from tide_pipeline.provenance import digest_files, write_json
+
+DRAFT_FILES = ("config.json", "model.safetensors")
+
+
+def build_dir(builds: Path, target: str, build_id: str) -> Path:
+    """Raises BuildError for a name that could leave the folder."""
+    if not build_id.isalnum():
+        raise BuildError(f"{build_id!r} is no build id: expected hexadecimal digits")
+    return builds / target / build_id
+
+
+def save_build(build: EngineBuild) -> None:
+    """Write build.json: from now on the directory is a build. The path is not recorded: a build may be moved whole."""
+    write_json(Path(build.path) / "build.json", {k: v for k, v in dataclasses.asdict(build).items() if k != "path"})
+
+
+def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
+    """Read a build and verify its draft's bytes against the recorded digest. Raises BuildError."""
+    folder = build_dir(builds, target, build_id)
+    try:
+        build = from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
+        found = digest_files({name: folder / "draft" / name for name in DRAFT_FILES})
+    except FileNotFoundError as error:
+        raise BuildError(f"build {build_id} of {target} is missing or incomplete ({error.filename}): "
+                         "make it again with `tide build`") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise BuildError(f"{folder / 'build.json'} can't be read: {error}") from error
+    if found != build.draft_digest:
+        raise BuildError(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
+                         "make it again with `tide build`")
+    return build
+
+
+def list_builds(builds: Path, target: str) -> list[EngineBuild]:
+    """All complete builds, newest first; draft bytes are not verified here."""
+    found = []
+    for file in (builds / target).glob("*/build.json"):
+        found.append(from_dict(EngineBuild, {**json.loads(file.read_text()), "path": str(file.parent)}))
+    return sorted(found, key=lambda b: -b.created_at)

@@ -1,0 +1,140 @@
+"""Which captured windows a training run uses, and for what. Knows the lake's reader; knows no draft.
+
+    focus    windows of the drifted workload      train | held out, split by request
+    replay   every other workload, and the windows shipped with the engine (engines/<name>/replay): against forgetting
+
+A request is held out by a hash of its id alone, so that it stays on its side in every later cycle and the gate never
+judges a draft on a request that any of its ancestors was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
+from tide_pipeline.config import TideConfig, TrainingSettings
+from tide_pipeline.contracts import SignalWindow
+from tide_pipeline.errors import EngineMismatch, NotEnoughSignals
+from tide_pipeline.training.target_head import TargetHead
+
+MIN_ROWS = 8                       # of a window: shorter ones hold no chain worth training on
+
+
+@dataclass(frozen=True)
+class WindowSplit:
+    """Windows by use, newest first; nothing is read yet."""
+
+    focus: list[SignalWindow]
+    replay: list[SignalWindow]
+    focus_held_out: list[SignalWindow]
+    replay_held_out: list[SignalWindow]
+    skipped: Counter[str] = field(default_factory=Counter)      # reason -> windows or shards
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The windows of a split, in memory as bf16."""
+
+    focus: list[WindowStates]
+    replay: list[WindowStates]
+    focus_held_out: list[WindowStates]
+    replay_held_out: list[WindowStates]
+    skipped: Counter[str]
+
+    @property
+    def train(self) -> list[WindowStates]:
+        return self.focus + self.replay
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows trained on."""
+        return sum(len(w.taps_TG) for w in self.train)
+
+
+def is_held_out(request_id: str, eval_share: float) -> bool:
+    """Whether a request is kept for evaluation: for ever, on every machine."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big") < eval_share * 2**64
+
+
+def split_windows(windows: Iterable[SignalWindow], workload: str, settings: TrainingSettings) -> WindowSplit:
+    """Sort windows into the four sets. Each workload keeps its newest; replay shares `max_windows` evenly between workloads."""
+    newest = sorted(windows, key=lambda w: w.closed_at, reverse=True)
+    workloads = {w.workload for w in newest}
+    room = {name: settings.max_windows if name == workload else settings.max_windows // max(len(workloads - {workload}), 1)
+            for name in workloads}
+    split = WindowSplit([], [], [], [])
+    for w in newest:
+        if w.num_rows < MIN_ROWS:
+            split.skipped[f"shorter than {MIN_ROWS} rows"] += 1
+        elif room[w.workload] <= 0:
+            split.skipped["older than the newest max_windows"] += 1
+        else:
+            room[w.workload] -= 1
+            held_out = is_held_out(w.request_id, settings.eval_share)
+            (split.focus_held_out if held_out else split.focus).append(w) if w.workload == workload else (
+                split.replay_held_out if held_out else split.replay).append(w)
+    return split
+
+
+def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped: Path | None = None) -> WindowSplit:
+    """The windows of `workload` and of all others, in the lake and in the shipped replay set.
+
+    Raises:
+        NotEnoughSignals: no lake, or too few requests of `workload` to train on and to hold out.
+        EngineMismatch: there are windows, but every one was made by another engine.
+    """
+    shipped = shipped if shipped is not None else config.engine_dir / "replay"
+    found, skipped, stale = _list(config.state.signals, config.target, engine_digest)
+    if shipped.is_dir():
+        more, more_skipped, more_stale = _list(shipped, config.target, engine_digest)
+        found, skipped, stale = found + more, skipped + more_skipped, stale + more_stale
+    if stale and not found:
+        raise EngineMismatch(f"all {stale} captured windows of {config.target!r} come from another engine build than {engine_digest} "
+                             "(the target or its captured layers changed): capture again with the engine that serves now")
+    split = split_windows(found, workload, config.training)
+    split.skipped.update(skipped)
+    if stale:
+        split.skipped["made by another engine"] += stale
+    train, held_out = (len({w.request_id for w in part}) for part in (split.focus, split.focus_held_out))
+    need = config.training.min_requests
+    if train + held_out < need or not train or not held_out:
+        raise NotEnoughSignals(f"{train} requests of workload {workload!r} to train on and {held_out} held out (rows: "
+                               f"{sum(w.num_rows for w in split.focus)}), at least {need} requests and one of each are needed: "
+                               "serve more traffic of this workload with capture on" + _others(found, workload))
+    return split
+
+
+def read_training_set(split: WindowSplit, head: TargetHead) -> TrainingSet:
+    """Read the states. Damaged windows, and windows of other widths than the engine's, are skipped and counted."""
+    skipped = Counter(split.skipped)
+    width = len(head.spec.capture_layers) * head.shape.hidden_size
+    with_final = head.spec.soft_targets
+
+    def read(windows: Sequence[SignalWindow]) -> list[WindowStates]:
+        kept = []
+        for states in read_states(windows, on_skip=lambda _, reason: skipped.update([reason])):
+            if states.taps_TG.shape[1] != width or (states.final_TD is None) == with_final:
+                skipped["taps or final states do not fit the engine"] += 1
+            else:
+                kept.append(states)
+        return sorted(kept, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
+
+    data = TrainingSet(read(split.focus), read(split.replay), read(split.focus_held_out), read(split.replay_held_out), skipped)
+    if not data.focus or not data.focus_held_out:
+        raise NotEnoughSignals(f"{len(data.focus)} readable windows to train on and {len(data.focus_held_out)} held out; skipped: "
+                               f"{dict(skipped)}. Run `tide signals verify`, or capture again")
+    return data
+
+
+def _list(root: Path, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:
+    index = list_windows(root, target, engine_digest=engine_digest)
+    return index.windows, Counter(f"unreadable shard: {reason}" for _, reason in index.skipped), index.other_engines
+
+
+def _others(windows: Sequence[SignalWindow], workload: str) -> str:
+    counts = Counter(w.workload for w in windows if w.workload != workload)
+    return f"; other workloads in the lake: {dict(counts)}" if counts else ""

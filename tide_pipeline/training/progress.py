@@ -1,0 +1,98 @@
+"""How a run is told about: a bar for a terminal, lines for a log, a file for other viewers. Knows no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from tide_pipeline.provenance import write_json
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainProgress:
+    """Where a training run stands."""
+
+    stage: str                     # loading, training, evaluating, saving, done
+    workload: str
+    step: int = 0
+    share: float = 0.0             # of the budget, 0 .. 1
+    loss: float = 0.0              # mean since the last evaluation
+    acceptance: float = 0.0        # offline acceptance length on held-out requests; 0 before the first evaluation
+    best_acceptance: float = 0.0
+    start_acceptance: float = 0.0  # of the draft it started from
+    rows_per_s: float = 0.0        # token rows trained on
+    time_left_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return (f"{self.stage}: step {self.step}, loss {self.loss:.3f}, acceptance {self.acceptance:.2f} (started at "
+                f"{self.start_acceptance:.2f}), {self.rows_per_s:,.0f} rows/s, {self.time_left_s:.0f} s left")
+
+
+class Viewer(Protocol):
+    """Something that shows progress. Called several times a second; must be quick."""
+
+    def show(self, progress: TrainProgress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BarViewer:
+    """A live bar, for a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.bar = Progress(TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                            TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console)
+        self.task: TaskID | None = None
+
+    def show(self, progress: TrainProgress) -> None:
+        if self.task is None:
+            self.bar.start()
+            self.task = self.bar.add_task("loading", total=1.0, facts="")
+        facts = (f"step {progress.step}  loss {progress.loss:.3f}  acceptance {progress.acceptance:.2f} "
+                 f"(from {progress.start_acceptance:.2f})  {progress.rows_per_s:,.0f} rows/s")
+        self.bar.update(self.task, description=progress.stage, completed=progress.share, facts=facts)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class LineViewer:
+    """A line at each change of stage, and every few seconds."""
+
+    def __init__(self, say: Callable[[str], None], every_s: float = 5.0) -> None:
+        self.say, self.every_s = say, every_s
+        self.last, self.stage = 0.0, ""
+
+    def show(self, progress: TrainProgress) -> None:
+        now = time.monotonic()
+        if progress.stage == self.stage and now - self.last < self.every_s:
+            return
+        self.last, self.stage = now, progress.stage
+        self.say(progress.text)
+
+    def close(self) -> None: ...
+
+
+class FileViewer:
+    """`progress.json`, whole at any moment, rewritten once a second and at each change of stage."""
+
+    def __init__(self, path: Path, every_s: float = 1.0) -> None:
+        self.path, self.every_s = path, every_s
+        self.last, self.stage = 0.0, ""
+
+    def show(self, progress: TrainProgress) -> None:
+        now = time.monotonic()
+        if progress.stage == self.stage and now - self.last < self.every_s:
+            return
+        self.last, self.stage = now, progress.stage
+        write_json(self.path, {**dataclasses.asdict(progress), "at": time.time()})
+
+    def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""A training run on disk, so that it can be killed at any step and go on. safetensors and JSON only: nothing is unpickled.
+
+    run.json             what the run is: workload, settings, parent, the windows it reads (references, no tokens)
+    resume.safetensors   weights, optimizer state, best weights so far; counters and the curve in its header
+    metrics.jsonl        the curve, for MLflow and for people
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tide_pipeline.contracts import SignalWindow, from_dict
+from tide_pipeline.errors import TrainingFailed
+from tide_pipeline.provenance import write_atomic, write_json
+from tide_pipeline.training.data import WindowSplit
+
+RUN, RESUME, METRICS = "run.json", "resume.safetensors", "metrics.jsonl"
+_PARTS = ("focus", "replay", "focus_held_out", "replay_held_out")
+
+
+@dataclass
+class Counters:
+    """Everything about a run that is not a tensor and changes."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    rows: int = 0
+    best_acceptance: float = 0.0
+    best_step: int = -1
+    start_acceptance: float = 0.0
+    last_acceptance: float = 0.0
+    mean_loss: float = 0.0         # exponential mean, for telling an explosion
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_snapshot(folder: Path, counters: Counters, groups: dict[str, dict[str, Tensor]]) -> None:
+    """Write `resume.safetensors` (tensors named `<group>:<name>`) and the curve."""
+    tensors = {f"{group}:{name}": t.detach().cpu().contiguous() for group, named in groups.items() for name, t in named.items()}
+    header = {"counters": json.dumps(dataclasses.asdict(counters))}
+    write_atomic(folder / RESUME, save(tensors, metadata=header))
+    write_metrics(folder, counters.curve)
+
+
+def load_snapshot(folder: Path) -> tuple[Counters, dict[str, dict[str, Tensor]]] | None:
+    """What `save_snapshot` wrote last; None when there is nothing. Raises TrainingFailed when it is damaged."""
+    file = folder / RESUME
+    if not file.is_file():
+        return None
+    groups: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            counters = Counters(**json.loads(tensors.metadata()["counters"]))
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                group, name = key.split(":", 1)
+                groups.setdefault(group, {})[name] = torch.clone(tensors.get_tensor(key))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingFailed(f"{file} can't be resumed from ({error}): remove {folder} and train again") from error
+    return counters, groups
+
+
+def write_metrics(folder: Path, curve: list[dict[str, Any]]) -> None:
+    """One JSON object per line."""
+    write_atomic(folder / METRICS, "".join(json.dumps(point) + "\n" for point in curve).encode())
+
+
+def save_run(folder: Path, facts: dict[str, Any], split: WindowSplit) -> None:
+    """Pin what a run is before its first step."""
+    windows = {part: [dataclasses.asdict(w) for w in getattr(split, part)] for part in _PARTS}
+    write_json(folder / RUN, {"facts": facts, "skipped": dict(split.skipped), "windows": windows})
+
+
+def load_run(folder: Path, facts: dict[str, Any]) -> WindowSplit | None:
+    """The windows of an unfinished run in `folder`; None when there is none.
+
+    Raises:
+        TrainingFailed: the unfinished run is another one than `facts` describe.
+    """
+    file = folder / RUN
+    if not file.is_file():
+        return None
+    try:
+        run = json.loads(file.read_text())
+        parts = [[from_dict(SignalWindow, w) for w in run["windows"][part]] for part in _PARTS]
+        split = WindowSplit(parts[0], parts[1], parts[2], parts[3], Counter(run["skipped"]))
+        found = run["facts"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise TrainingFailed(f"{file} is damaged ({error}): remove {folder} and train again") from error
+    differ = [key for key in facts if found.get(key) != json.loads(json.dumps(facts[key]))]
+    if differ:
+        raise TrainingFailed(f"{folder} holds an unfinished run with other {', '.join(differ)}: remove it, or use another folder")
+    return split
+
+
+def finish(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for name in (RESUME, RUN):
+        (folder / name).unlink(missing_ok=True)
