@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.capture.windows import ClosedWindow
+from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
-from tide_pipeline.contracts import SignalWindow
+from tide_pipeline.contracts import SamplingParams, SignalWindow
 from tide_pipeline.models.checkpoint import shape_for
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target, TargetShape
@@ -92,6 +94,19 @@ def captured(target: Target, workload: str, requests: int, *, prompt: int = 8, o
     return [WindowStates(
         SignalWindow("memory://", b, f"{workload}-{seed}-{b}", "default", workload, "none", target.digest, 0, rows, prompt, 0.0, float(b)),
         tokens[b].clone(), taps_BTG[b].clone(), final_BTD[b].clone() if with_final else None) for b in range(requests)]
+
+
+def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None = None) -> None:
+    """Write windows as the engine's capture would."""
+    writer = LakeWriter(config.capture, config.target, lake or config.state.lake, "replica-0")
+    for w in windows:
+        rows = w.taps_TG if w.final_TD is None else torch.cat((w.taps_TG, w.final_TD), dim=-1)
+        s = w.window
+        assert writer.offer_window(ClosedWindow(
+            s.request_id, s.tenant, s.workload, s.draft_version, s.engine_digest, "auto", SamplingParams(temperature=s.temperature),
+            s.num_prompt_tokens, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3, w.final_TD is not None, s.closed_at))
+    assert writer.flush()
+    writer.close()
 
 
 def random_draft(shape: TargetShape, num_taps: int = 3, seed: int = 0, vocabulary: Tensor | None = None) -> Eagle3Draft:

@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path, vocab: int = BYTES_VOCAB) -> None:
 
 def write_tiny_target(folder: Path, *, layers: int = 4, vocab: int = BYTES_VOCAB, hidden: int = 32, heads: int = 4, kv_heads: int = 2,
                       head_dim: int | None = 16, intermediate: int = 48, max_positions: int = 256, tied: bool = False, eos: int | None = 0,
-                      context: float = 0.3, sharpness: float = 0.5, seed: int = 0) -> Path:
+                      context: float = 0.2, sharpness: float = 0.5, seed: int = 0) -> Path:
     """A Llama folder. `context` scales what the layers add to the last token's embedding, `sharpness` the logits' spread."""
     generator = torch.Generator().manual_seed(seed)
     size = head_dim or hidden // heads

@@ -111,23 +111,35 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
 def read_training_set(split: WindowSplit, head: TargetHead) -> TrainingSet:
     """Read the states. Damaged windows, and windows of other widths than the engine's, are skipped and counted."""
     skipped = Counter(split.skipped)
-    width = len(head.spec.capture_layers) * head.shape.hidden_size
-    with_final = head.spec.soft_targets
-
-    def read(windows: Sequence[SignalWindow]) -> list[WindowStates]:
-        kept = []
-        for states in read_states(windows, on_skip=lambda _, reason: skipped.update([reason])):
-            if states.taps_TG.shape[1] != width or (states.final_TD is None) == with_final:
-                skipped["taps or final states do not fit the engine"] += 1
-            else:
-                kept.append(states)
-        return sorted(kept, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
-
-    data = TrainingSet(read(split.focus), read(split.replay), read(split.focus_held_out), read(split.replay_held_out), skipped)
+    parts = [_read(part, head, skipped) for part in (split.focus, split.replay, split.focus_held_out, split.replay_held_out)]
+    data = TrainingSet(parts[0], parts[1], parts[2], parts[3], skipped)
     if not data.focus or not data.focus_held_out:
         raise NotEnoughSignals(f"{len(data.focus)} readable windows to train on and {len(data.focus_held_out)} held out; skipped: "
                                f"{dict(skipped)}. Run `tide signals verify`, or capture again")
     return data
+
+
+def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
+    """States of the newest `per_workload` held-out windows of each workload."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for w in split.focus_held_out + split.replay_held_out:
+        taken[w.workload] += 1
+        if taken[w.workload] <= per_workload:
+            chosen.append(w)
+    return _read(chosen, head, Counter())
+
+
+def _read(windows: Sequence[SignalWindow], head: TargetHead, skipped: Counter[str]) -> list[WindowStates]:
+    """Oldest first, whatever order the shards were read in."""
+    width, with_final = len(head.spec.capture_layers) * head.shape.hidden_size, head.spec.soft_targets
+    kept = []
+    for states in read_states(windows, on_skip=lambda _, reason: skipped.update([reason])):
+        if states.taps_TG.shape[1] != width or (states.final_TD is None) == with_final:
+            skipped["taps or final states do not fit the engine"] += 1
+        else:
+            kept.append(states)
+    return sorted(kept, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
 
 
 def _list(root: Path, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:

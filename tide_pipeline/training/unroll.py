@@ -60,7 +60,7 @@ class Unroll:
         heads = self.draft.shape.heads
         B, T, _ = x_BTI.shape
         K, E, G = heads.kv, heads.size, heads.query // heads.kv
-        q, k, v = F.linear(x_BTI, self.qkv).view(B, T, K * G + 2 * K, E).split((K * G, K, K), dim=2)
+        q, k, v = F.linear(x_BTI, self.qkv).view(B, T, K * G + 2 * K, E).tensor_split((K * G, K * G + K), dim=2)
         q = self._rotate(q).view(B, T, K, G, E) * E**-0.5
         self.keys.append(self._rotate(k))
         self.values.append(v)

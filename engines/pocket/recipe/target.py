@@ -148,17 +148,21 @@ def optimizers(net: Target, plan: TargetSchedule) -> list[torch.optim.Optimizer]
     return [muon, adam]
 
 
-def train_target(corpus_dir: Path, work_dir: Path, plan: TargetSchedule, shape: TargetShape | None = None) -> None:
-    """Train for `plan.minutes`, log to `target.log.jsonl`, save `target.safetensors` as it goes (bf16 at the end)."""
+def train_target(corpus_dir: Path, work_dir: Path, plan: TargetSchedule, shape: TargetShape | None = None, resume: bool = False) -> None:
+    """Train for `plan.minutes`, log to `target.log.jsonl`, save `target.safetensors` as it goes (bf16).
+
+    `resume` goes on from the saved weights (a new schedule, fresh optimizer state).
+    """
     s = shape or TargetShape()
     torch.manual_seed(plan.seed)
     train, held = Batches(corpus_dir, "train", plan.seed), Batches(corpus_dir, "heldout", plan.seed + 1)
     work_dir.mkdir(parents=True, exist_ok=True)
     log = (work_dir / "target.log.jsonl").open("a")
-    net = Target(s, plan.start_layers)
-    opts, compiled, length = optimizers(net, plan), torch.compile(net), plan.start_length
+    net = load(work_dir / "target.safetensors", s) if resume else Target(s, plan.start_layers)
+    deep = len(net.model["layers"]) == s.num_hidden_layers
+    opts, compiled, length = optimizers(net, plan), torch.compile(net), plan.length if deep else plan.start_length
     start, step, seen, saved = time.time(), 0, 0, time.time()
-    smooth = 0.0
+    smooth, step_grown = 0.0, 0
     while (share := (time.time() - start) / (60 * plan.minutes)) < 1.0:
         if len(net.model["layers"]) < s.num_hidden_layers and share >= plan.start_share:
             net = net.grown()

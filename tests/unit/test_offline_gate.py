@@ -1,0 +1,129 @@
+"""Batched replay against a slow walk with the inference runner; the paired comparison and its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fakes_training import captured, open_target, random_draft, tiny_engine, to_lake
+from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.config import GateSettings, TideConfig, override
+from tide_pipeline.errors import NotEnoughSignals
+from tide_pipeline.gate.offline import held_out_states, paired_acceptance, replay_acceptance
+from tide_pipeline.models.eagle3 import DraftRunner, Eagle3Draft
+from tide_pipeline.models.target import Target
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
+    return tiny_engine(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="module")
+def target(config: TideConfig) -> Target:
+    return open_target(config)
+
+
+def slow_walk(draft: Eagle3Draft, target: Target, w: WindowStates, draft_length: int) -> tuple[int, list[int]]:
+    """What the engine does: extend by the true rows, chain greedily, compare, go on behind the bonus token."""
+    runner = DraftRunner(draft, target.embedding_VD)
+    x, taps = w.token_ids, w.taps_TG.float()
+    anchor, steps, by_position = w.window.num_prompt_tokens - 1 - w.window.start_pos, 0, [0] * draft_length
+    while anchor + 1 + draft_length < len(x):
+        cache = runner.new_cache(1, 128)
+        state = runner.extend(taps[None, : anchor + 1], x[None, 1 : anchor + 2], torch.arange(anchor + 1)[None], cache)[:, -1]
+        drafted: list[int] = []
+        for i in range(draft_length):
+            if i:
+                state = runner.step(state, torch.tensor(drafted[-1:]), torch.tensor([anchor + i]), cache)
+            drafted.append(int(runner.to_target(runner.logits(state).argmax(-1))))
+        emitted = x[anchor + 2 : anchor + 2 + draft_length].tolist()
+        n = next((i for i in range(draft_length) if drafted[i] != emitted[i]), draft_length)
+        steps += 1
+        for i in range(n):
+            by_position[i] += 1
+        anchor += n + 1
+    return steps, by_position
+
+
+def some_good_draft(target: Target, vocabulary: torch.Tensor | None = None) -> Eagle3Draft:
+    """Random, but its output leans on the newest token as the tiny target does: some chains hit."""
+    draft = random_draft(target.shape, vocabulary=vocabulary)
+    with torch.no_grad():
+        draft.fc.weight.mul_(0.05)
+        draft.lm_head.weight.copy_(target.lm_head_VD if vocabulary is None else target.lm_head_VD[vocabulary])
+        draft.fc.weight[:, -32:] += torch.eye(32)
+    return draft
+
+
+@pytest.mark.parametrize("draft_length", [1, 3, 5])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_batched_replay_equals_the_slow_walk(target: Target, draft_length: int, reduced: bool) -> None:
+    windows = captured(target, "py", 5, prompt=7, output=30) + captured(target, "de", 3, prompt=4, output=12, seed=2)
+    draft = some_good_draft(target, torch.arange(0, 64, 2) if reduced else None)
+    found = replay_acceptance(draft, target.embedding_VD, windows, draft_length)
+    total = 0
+    for w in windows:
+        steps, by_position = slow_walk(draft, target, w, draft_length)
+        assert (found[w.window.request_id].steps, list(found[w.window.request_id].accepted)) == (steps, by_position)
+        total += sum(by_position)
+    assert reduced or total > 10                                                 # the comparison is about something
+
+
+def test_a_windows_start_and_the_requests_other_windows_are_counted(target: Target) -> None:
+    """A window that begins behind the prompt is walked from its first row; windows of one request add up."""
+    (w,) = captured(target, "py", 1, prompt=6, output=30)
+    assert w.final_TD is not None
+    head = WindowStates(dataclasses.replace(w.window, num_rows=16), w.token_ids[:17], w.taps_TG[:16], w.final_TD[:16])
+    tail = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=20), w.token_ids[16:], w.taps_TG[16:], w.final_TD[16:])
+    draft = some_good_draft(target)
+    a, b, both = (replay_acceptance(draft, target.embedding_VD, part, 3)["py-0-0"] for part in ([head], [tail], [head, tail]))
+    assert both.steps == a.steps + b.steps and both.rows == 36
+    assert replay_acceptance(draft, target.embedding_VD, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
+
+
+def test_equal_drafts_gain_nothing_and_a_better_one_gains(target: Target) -> None:
+    windows = captured(target, "py", 12, output=40) + captured(target, "de", 12, output=40, seed=1)
+    good, bad, settings = some_good_draft(target), random_draft(target.shape, seed=5), GateSettings(bootstrap=200)
+    same = paired_acceptance(good, good, target.embedding_VD, windows, settings, "de")
+    assert same.gain == same.gain_low == same.gain_high == 0 and same.requests == 12
+    better = paired_acceptance(bad, good, target.embedding_VD, windows, settings, "de")
+    assert better.gain_low > 0 and better.gain_low <= better.gain <= better.gain_high
+    assert set(better.by_workload) == {"py", "de"} and better.by_workload["de"]["gain"] == better.gain
+    assert better == paired_acceptance(bad, good, target.embedding_VD, windows, settings, "de")
+    with pytest.raises(NotEnoughSignals, match=r"'html'.*de, py"):
+        paired_acceptance(bad, good, target.embedding_VD, windows, settings, "html")
+
+
+def test_sampled_requests_stand_apart_from_greedy_ones(target: Target) -> None:
+    windows = captured(target, "py", 4)
+    hot = [dataclasses.replace(w, window=dataclasses.replace(w.window, temperature=0.8, request_id=f"hot{i}"))
+           for i, w in enumerate(captured(target, "py", 3, seed=4))]
+    draft, settings = some_good_draft(target), GateSettings(bootstrap=50)
+    both = paired_acceptance(draft, draft, target.embedding_VD, windows + hot, settings, "py")
+    assert both.requests == 4 and both.by_workload["py (sampled)"]["requests"] == 3
+    assert paired_acceptance(draft, draft, target.embedding_VD, hot, settings, "py").requests == 3
+
+
+def test_the_interval_covers_the_truth_at_its_rate() -> None:
+    """Two drafts of the same quality over 24 requests: about 5 in 100 intervals may exclude zero, and half of those upward."""
+    from tide_pipeline.gate.offline import _compare
+    from tide_pipeline.training.acceptance import Replay
+
+    rng, upward = np.random.default_rng(0), 0
+    for trial in range(300):
+        rates = rng.uniform(0.4, 0.9, 24)                                        # requests differ more than steps do
+        a, b = ({str(i): Replay(str(i), "w", 0.0, 30, (int(rng.binomial(30, r)),), 90) for i, r in enumerate(rates)} for _ in range(2))
+        upward += _compare(a, b, list(a), 200, trial)["gain_low"] > 0
+    assert upward / 300 < 0.05
+
+
+def test_held_out_states_come_from_the_lake(config: TideConfig, target: Target) -> None:
+    config = override(config, {"training": {"eval_share": 0.3}})
+    to_lake(config, captured(target, "py", 20) + captured(target, "de", 20, seed=1))
+    head, states = held_out_states(config, "de", per_workload=3)
+    assert head.digest == target.digest
+    assert sorted({s.window.workload for s in states}) == ["de", "py"] and len(states) == 6

@@ -1,0 +1,93 @@
+"""Which windows are trained on, which are held out, and what is said when there are too few."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.fakes_training import captured, open_target, tiny_engine, to_lake
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.contracts import SignalWindow
+from tide_pipeline.errors import CheckpointError, EngineMismatch, NotEnoughSignals
+from tide_pipeline.training.batches import Sampler
+from tide_pipeline.training.data import find_windows, is_held_out, read_held_out, read_training_set, split_windows
+from tide_pipeline.training.target_head import read_target_head, target_head_of
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
+    """A lake with 30 requests of de, 12 of py, and 3 of another engine."""
+    config = override(tiny_engine(tmp_path_factory.mktemp("data")), {"training": {"eval_share": 0.2}})
+    target = open_target(config)
+    other = [dataclasses.replace(w, window=dataclasses.replace(w.window, engine_digest="other")) for w in captured(target, "de", 3, seed=9)]
+    to_lake(config, captured(target, "de", 30) + captured(target, "py", 12, seed=1) + other)
+    return config
+
+
+def test_split_is_by_request_and_reports_what_was_left_out(config: TideConfig) -> None:
+    head = target_head_of(config)
+    split = find_windows(config, "de", head.digest)
+    data = read_training_set(split, head)
+    train, held_out = ({w.window.request_id for w in part} for part in (data.train, data.focus_held_out + data.replay_held_out))
+    assert not train & held_out and len(train) + len(held_out) == 42
+    assert {w.window.workload for w in data.focus} == {"de"} and {w.window.workload for w in data.replay} == {"py"}
+    assert data.skipped == {"made by another engine": 3}
+    assert all(is_held_out(r, 0.2) for r in held_out) and not any(is_held_out(r, 0.2) for r in train)
+    assert {w.window.workload for w in read_held_out(split, head, 2)} == {"de", "py"}
+    assert len(read_held_out(split, head, 2)) <= 4
+
+
+def test_too_few_requests_says_how_many(config: TideConfig) -> None:
+    digest = target_head_of(config).digest
+    with pytest.raises(NotEnoughSignals, match=r"0 requests of workload 'html'.*other workloads in the lake.*'de': 30"):
+        find_windows(config, "html", digest)
+    with pytest.raises(NotEnoughSignals, match="at least 100 requests"):
+        find_windows(override(config, {"training": {"min_requests": 100}}), "de", digest)
+    with pytest.raises(NotEnoughSignals, match="serve traffic"):
+        find_windows(override(config, {"state_dir": config.state_dir + "-empty"}), "de", digest)
+
+
+def test_another_engines_windows_are_refused(config: TideConfig) -> None:
+    with pytest.raises(EngineMismatch, match="all 45 captured windows .* come from another engine"):
+        find_windows(config, "de", "newer-digest")
+
+
+def test_shipped_windows_join_the_replay_set(config: TideConfig, tmp_path: Path) -> None:
+    shipped = tmp_path / "replay"
+    to_lake(config, captured(open_target(config), "c", 5, seed=3), tmp_path)
+    (tmp_path / "signals").rename(shipped)
+    split = find_windows(config, "de", target_head_of(config).digest, shipped)
+    assert {w.workload for w in split.replay + split.replay_held_out} == {"py", "c"}
+
+
+def test_newest_windows_win_and_short_ones_are_left_out(config: TideConfig) -> None:
+    def window(i: int, workload: str, rows: int = 20) -> SignalWindow:
+        return SignalWindow("u", i, f"{workload}{i}", "t", workload, "v", "e", 0, rows, 4, 0.0, float(i))
+
+    settings = dataclasses.replace(config.training, max_windows=10, eval_share=0.0)
+    windows = [window(i, w) for w in ("de", "py", "c") for i in range(20)] + [window(99, "de", rows=3)]
+    split = split_windows(windows, "de", settings)
+    assert [w.row for w in split.focus] == list(range(19, 9, -1))
+    assert sorted(w.workload for w in split.replay) == ["c"] * 5 + ["py"] * 5
+    assert split.skipped == {"shorter than 8 rows": 1, "older than the newest max_windows": 40}
+
+
+def test_batches_depend_on_seed_and_step_alone_and_mix_replay_evenly(config: TideConfig) -> None:
+    target = open_target(config)
+    focus, replay = captured(target, "de", 6), captured(target, "py", 4, seed=1)
+    sampler, again = Sampler(focus, replay, 2, 40, 0.25, 7), Sampler(focus, replay, 2, 40, 0.25, 7)
+    assert sampler.batch(5).next_ids_BT.equal(again.batch(5).next_ids_BT)
+    assert not sampler.batch(5).next_ids_BT.equal(sampler.batch(6).next_ids_BT)
+    drawn = [row[0].split("-")[0] for step in range(20) for row in sampler.batch(step).requests]
+    assert drawn.count("py") == 10 and len(drawn) == 40
+    assert all("py" in {r.split("-")[0] for row in sampler.batch(s).requests + sampler.batch(s + 1).requests for r in row} for s in range(0, 20, 2))
+
+
+def test_only_the_heads_tensors_are_needed(config: TideConfig, tmp_path: Path) -> None:
+    head = target_head_of(config)
+    target = open_target(config)
+    assert head.digest == target.digest and head.embedding_VD.equal(target.embedding_VD) and head.lm_head_VD.equal(target.lm_head_VD)
+    with pytest.raises(CheckpointError, match="no target at"):
+        read_target_head(tmp_path, head.spec)

@@ -1,0 +1,76 @@
+"""The folder of one adaptation, `training/<root run id>/`: what each step hands to the next. Knows JSON records, not Dagster assets.
+
+    request.json      workload, reason, focus_since: what was asked for
+    draft/            the checkpoint, written by the trainer; draft/checkpoint.json says it is complete
+    registered.json   the version MLflow gave it
+    fetched/          its bytes as the registry gave them back
+    build.json        the engine build; its verdict lies under reports/gate/
+
+A re-execution from failure in Dagster shares the root run id, so it finds what the first attempt finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import DraftCheckpoint, EngineBuild, from_dict
+from tide_pipeline.errors import BuildError
+from tide_pipeline.provenance import write_json
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an adaptation was started for."""
+
+    workload: str
+    reason: str = ""
+    focus_since: float = 0.0       # Unix seconds; 0 = every window of the workload counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """Paths and records of one adaptation."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, config: TideConfig, run_id: str, root_run_id: str | None = None) -> Adaptation:
+        return cls(config.state.training / (root_run_id or run_id))
+
+    @property
+    def draft(self) -> Path:
+        return self.folder / "draft"
+
+    @property
+    def fetched(self) -> Path:
+        return self.folder / "fetched"
+
+    def save(self, name: str, record: Any) -> None:
+        """Write `<name>.json` from a dataclass."""
+        write_json(self.folder / f"{name}.json", dataclasses.asdict(record))
+
+    def load(self, cls: type[T], name: str) -> T:
+        """Raises BuildError when the step that writes it has not run in this adaptation."""
+        file = self.folder / f"{name}.json"
+        try:
+            return from_dict(cls, json.loads(file.read_text()))
+        except FileNotFoundError as error:
+            raise BuildError(f"{file} is not there: launch the job adapt_draft, or re-execute its run from the failed step; "
+                             "a step alone has nothing to begin with") from error
+        except (ValueError, TypeError) as error:
+            raise BuildError(f"{file} can't be read ({error}): remove {self.folder} and launch adapt_draft again") from error
+
+    def request(self) -> Request:
+        return self.load(Request, "request")
+
+    def checkpoint(self) -> DraftCheckpoint:
+        return self.load(DraftCheckpoint, "draft/checkpoint")
+
+    def build(self) -> EngineBuild:
+        return self.load(EngineBuild, "build")

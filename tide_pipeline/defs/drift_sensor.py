@@ -1,0 +1,103 @@
+"""Look, decide, get out: has acceptance fallen, is enough collected, has nobody begun? Then ask for one adaptation.
+
+Knows where to look; drift/ judges, episodes.py decides.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+import dagster as dg
+
+from tide_pipeline.config import StackSettings, TideConfig
+from tide_pipeline.contracts import DriftVerdict
+from tide_pipeline.defs.draft import AdaptConfig
+from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
+from tide_pipeline.defs.jobs import ATTEMPT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
+from tide_pipeline.defs.lake import lake_facts
+from tide_pipeline.defs.resources import TideResource
+
+OBSERVE_EVERY_S = 10.0
+UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED,
+              dg.DagsterRunStatus.CANCELING]
+
+
+@dg.sensor(name="drift_sensor", job=adapt_draft, minimum_interval_seconds=StackSettings().sensor_interval_s,
+           default_status=dg.DefaultSensorStatus.RUNNING,
+           description="Judges acceptance per workload; launches adapt_draft when it has fallen and enough signals are collected.")
+def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.SensorResult:
+    from tide_pipeline.drift.judge import judge_drift
+
+    config, now = tide.settings(), time.time()
+    memory = _remember(context)
+    verdicts = judge_drift(config, now)
+    running = adaptation_under_way(context.instance, config.target)
+    episodes = memory.episodes | {v.workload: _episode(context.instance, memory, v, running, now, config) for v in verdicts}
+    chosen, reason = choose(config, verdicts, episodes, now) if running is None else (None, _busy(running))
+    if chosen is not None:
+        episode = episodes[chosen.workload]
+        episodes[chosen.workload] = dataclasses.replace(episode, attempts=episode.attempts + 1, last_run=now)
+    look = now - memory.observed_at >= OBSERVE_EVERY_S
+    return dg.SensorResult(
+        run_requests=[_request(config, chosen, episodes[chosen.workload])] if chosen else [],
+        skip_reason=None if chosen else reason,
+        cursor=Memory(now if look else memory.observed_at, episodes).to_cursor(),
+        asset_events=[dg.AssetObservation(name, metadata=facts) for name, facts in lake_facts(config).items()] if look else [])
+
+
+def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mapping[str, Episode], now: float) -> tuple[DriftVerdict | None, str]:
+    """The workload to adapt to now (the surest, largest drop first), or why there is none."""
+    from tide_pipeline.capture.reader import count_rows
+
+    waiting = []
+    for verdict in sorted(verdicts, key=lambda v: -v.drop_low):
+        episode = episodes[verdict.workload]
+        if not verdict.drifted:
+            waiting.append(f"{verdict.workload}: {verdict.reason}")
+            continue
+        rows = count_rows(config.state.signals, config.target, workloads={verdict.workload}, since=episode.since)
+        wait = why_wait(episode, rows, now, config.drift)
+        if not wait:
+            return verdict, ""
+        waiting.append(f"{verdict.workload}: {wait} ({verdict.reason})")
+    return None, "; ".join(waiting) or f"no request of {config.target} was answered lately: nothing to judge"
+
+
+def adaptation_under_way(instance: dg.DagsterInstance, target: str) -> dg.DagsterRun | None:
+    """A queued or running adapt_draft of this target; one launched by hand may not name its target."""
+    runs = instance.get_runs(dg.RunsFilter(job_name=adapt_draft.name, statuses=UNFINISHED))
+    return next((run for run in runs if run.tags.get(TARGET, target) == target), None)
+
+
+def last_episode(instance: dg.DagsterInstance, target: str, workload: str) -> int:
+    """The highest number given out before the cursor was lost; 0 when there was none. Numbers name runs, so they never start again."""
+    runs = instance.get_runs(dg.RunsFilter(job_name=adapt_draft.name, tags={TARGET: target, WORKLOAD: workload}), limit=50)
+    return max((int(run.tags.get(EPISODE, "0")) for run in runs), default=0)
+
+
+def _remember(context: dg.SensorEvaluationContext) -> Memory:
+    try:
+        return Memory.from_cursor(context.cursor)
+    except ValueError as error:
+        context.log.warning(f"starting from an empty memory: {error}")
+        return Memory()
+
+
+def _episode(instance: dg.DagsterInstance, memory: Memory, verdict: DriftVerdict, running: dg.DagsterRun | None, now: float,
+             config: TideConfig) -> Episode:
+    before = memory.episodes.get(verdict.workload) or Episode(number=last_episode(instance, config.target, verdict.workload))
+    episode = follow(before, verdict, now, config.drift)
+    is_mine = running is not None and running.tags.get(WORKLOAD, verdict.workload) == verdict.workload
+    return dataclasses.replace(episode, last_run=now) if is_mine else episode
+
+
+def _busy(running: dg.DagsterRun) -> str:
+    return f"run {running.run_id[:8]} is {running.status.value.lower()}: {running.tags.get(REASON, 'launched by hand')}"
+
+
+def _request(config: TideConfig, verdict: DriftVerdict, episode: Episode) -> dg.RunRequest:
+    asked = AdaptConfig(workload=verdict.workload, reason=verdict.reason, focus_since=episode.since)
+    return dg.RunRequest(
+        run_key=run_key(verdict, episode), run_config=dg.RunConfig(ops={"draft_checkpoint": asked}),
+        tags={TARGET: config.target, WORKLOAD: verdict.workload, REASON: verdict.reason, EPISODE: str(episode.number),
+              ATTEMPT: str(episode.attempts), MAX_RUNTIME: str(int(600 + 4 * config.training.time_budget_s))})

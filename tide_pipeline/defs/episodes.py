@@ -1,0 +1,82 @@
+"""When a drift is worth an adaptation: episodes, attempts, cool-down. Pure; knows neither Dagster nor Parquet.
+
+An episode opens when a workload is judged drifted and closes when acceptance recovers or another draft version serves it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from tide_pipeline.config import DriftSettings
+from tide_pipeline.contracts import DriftVerdict, from_dict
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What is remembered of one workload between two looks. Times are Unix seconds."""
+
+    number: int = 0
+    attempts: int = 0
+    since: float = 0.0             # windows from here on count as drifted traffic; 0 while no episode is open
+    draft_version: str = ""        # that was served when it opened
+    last_run: float = 0.0          # when an adaptation of this workload was last seen queued or running
+
+    @property
+    def is_open(self) -> bool:
+        return self.since > 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The sensor's cursor."""
+
+    observed_at: float = 0.0
+    episodes: dict[str, Episode] = field(default_factory=dict)
+
+    def to_cursor(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_cursor(cls, cursor: str | None) -> Memory:
+        """Raises ValueError for text that no `to_cursor` wrote."""
+        if not cursor:
+            return cls()
+        try:
+            values = json.loads(cursor)
+            episodes = {str(workload): from_dict(Episode, episode) for workload, episode in values["episodes"].items()}
+            return cls(float(values["observed_at"]), episodes)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no cursor of the drift sensor: {error!r}") from error
+
+
+def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftSettings) -> Episode:
+    """Open or close the episode by the verdict; too little data changes nothing."""
+    if episode.is_open and verdict.draft_version != episode.draft_version:
+        episode = dataclasses.replace(episode, since=0.0)
+    if not verdict.enough_data:
+        return episode
+    if not verdict.drifted:
+        return dataclasses.replace(episode, since=0.0)
+    if episode.is_open:
+        return episode
+    return dataclasses.replace(episode, number=episode.number + 1, attempts=0, since=now - settings.recent_s, draft_version=verdict.draft_version)
+
+
+def why_wait(episode: Episode, num_rows: int, now: float, settings: DriftSettings) -> str:
+    """What keeps a drifted workload from being adapted to now; "" when nothing does."""
+    if episode.attempts >= settings.max_attempts:
+        return (f"drifted, but all {settings.max_attempts} attempts of episode {episode.number} are used: look at their runs, "
+                "then launch adapt_draft by hand")
+    cooling_s = episode.last_run + settings.cooldown_s - now
+    if cooling_s > 0:
+        return f"drifted, but the last adaptation was {now - episode.last_run:.0f} s ago: cooling down for another {cooling_s:.0f} s"
+    if num_rows < settings.min_signal_rows:
+        return f"drifted, but only {num_rows:,} of {settings.min_signal_rows:,} signal rows collected yet"
+    return ""
+
+
+def run_key(verdict: DriftVerdict, episode: Episode) -> str:
+    """Dagster takes a key once and never again, so every attempt has its own."""
+    return f"{verdict.target}/{verdict.workload}/{episode.number}/{episode.attempts}"

@@ -1,0 +1,101 @@
+"""First door of the gate: champion and challenger replayed over the same held-out windows. Knows no engine and no verdict.
+
+Acceptance lengths are per simulated verification step (training/acceptance.py says how a window is walked). The interval of
+the gain comes from a bootstrap that draws whole requests: steps of one request are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.config import GateSettings, TideConfig
+from tide_pipeline.contracts import PairedAcceptance
+from tide_pipeline.errors import NotEnoughSignals
+from tide_pipeline.models.eagle3 import Eagle3Draft
+from tide_pipeline.training.acceptance import Replay, replay
+from tide_pipeline.training.data import find_windows, read_held_out
+from tide_pipeline.training.target_head import TargetHead, target_head_of
+
+SAMPLED = " (sampled)"             # suffix of a workload's windows with temperature > 0, where it also has greedy ones
+
+
+def replay_acceptance(draft: Eagle3Draft, embedding_VD: Tensor, states: Iterable[WindowStates], draft_length: int) -> dict[str, Replay]:
+    """Request id -> its simulated steps and, per position, how many of them accepted the drafted token."""
+    found: dict[str, Replay] = {}
+    for one in replay(draft, embedding_VD, states, draft_length):
+        found[one.request_id] = found[one.request_id] + one if one.request_id in found else one
+    return found
+
+
+def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_VD: Tensor, states: Sequence[WindowStates],
+                      settings: GateSettings, focus_workload: str, seed: int = 0) -> PairedAcceptance:
+    """The gain on the drifted workload with its 95 % interval, and the same for every workload in `states`.
+
+    Greedy requests count; a workload's sampled ones are listed beside them, and stand in where it has no greedy ones.
+
+    Raises:
+        NotEnoughSignals: no held-out request of the drifted workload is long enough to hold a step.
+    """
+    a, b = (replay_acceptance(draft, embedding_VD, states, settings.draft_length) for draft in (champion, challenger))
+    by_workload = {name: _compare(a, b, ids, settings.bootstrap, seed) for name, ids in sorted(_groups(a).items())}
+    if focus_workload not in by_workload:
+        raise NotEnoughSignals(f"no held-out request of workload {focus_workload!r} has {settings.draft_length + 2} or more generated "
+                               f"tokens (held-out workloads: {', '.join(by_workload) or 'none'}): capture more before judging a draft")
+    focus = by_workload[focus_workload]
+    return PairedAcceptance(focus["champion"], focus["challenger"], focus["gain"], focus["gain_low"], focus["gain_high"],
+                            int(focus["requests"]), int(focus["rows"]), by_workload)
+
+
+def held_out_states(config: TideConfig, workload: str, per_workload: int = 48) -> tuple[TargetHead, list[WindowStates]]:
+    """What no draft may have been trained on: the newest `per_workload` held-out windows of each workload, and the target's head.
+
+    Raises:
+        NotEnoughSignals, EngineMismatch: as for training.
+    """
+    head = target_head_of(config)
+    return head, read_held_out(find_windows(config, workload, head.digest), head, per_workload)
+
+
+def _groups(replays: Mapping[str, Replay]) -> dict[str, list[str]]:
+    """Workload -> request ids, sampled ones apart where there are greedy ones too."""
+    greedy, sampled = ({r.workload for r in replays.values() if (r.temperature > 0) == hot} for hot in (False, True))
+    groups: dict[str, list[str]] = {}
+    for request_id, r in replays.items():
+        name = r.workload + SAMPLED if r.temperature > 0 and r.workload in greedy & sampled else r.workload
+        groups.setdefault(name, []).append(request_id)
+    return groups
+
+
+def _compare(a: Mapping[str, Replay], b: Mapping[str, Replay], ids: Sequence[str], draws: int, seed: int) -> dict[str, float]:
+    chosen_SR = np.random.default_rng(seed).integers(0, len(ids), (draws, len(ids)))
+    champion, challenger = _steps([a[i] for i in ids]), _steps([b[i] for i in ids])
+    gains_S = _length(challenger, chosen_SR) - _length(champion, chosen_SR)
+    everyone_R = np.arange(len(ids))
+    low, high = np.quantile(gains_S, (0.025, 0.975))
+    was, now = float(_length(champion, everyone_R)), float(_length(challenger, everyone_R))
+    return {"champion": was, "challenger": now, "gain": now - was, "gain_low": float(low), "gain_high": float(high),
+            "champion_first_position": first_position(a[i] for i in ids), "challenger_first_position": first_position(b[i] for i in ids),
+            "requests": float(len(ids)), "rows": float(sum(a[i].rows for i in ids))}
+
+
+def first_position(replays: Iterable[Replay]) -> float:
+    """Share of steps that accepted the first drafted token."""
+    found = list(replays)
+    return sum(r.accepted[0] for r in found) / max(sum(r.steps for r in found), 1)
+
+
+def _steps(replays: Sequence[Replay]) -> NDArray[np.float64]:
+    """[2, R]: accepted tokens and steps of each request."""
+    return np.array([[sum(r.accepted) for r in replays], [r.steps for r in replays]], dtype=np.float64)
+
+
+def _length(steps_2R: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Acceptance length over the chosen requests (last axis): per step, not per request."""
+    accepted, steps = steps_2R[:, chosen].sum(-1)
+    lengths: NDArray[np.float64] = 1.0 + accepted / steps
+    return lengths

@@ -1,0 +1,191 @@
+"""Register, find and fetch drafts in MLflow. Knows digests and lineage; no engine, and nothing that was said in a request.
+
+    experiment  tide/<target>        one run per draft: settings, curve, the draft's files
+    model       <target>-draft       one version per draft digest; tags: digest, engine_digest, parent, workload, windows, rows, ...
+    alias       champion             follows what is served (rollout/alias.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import DraftCheckpoint
+from tide_pipeline.errors import CheckpointError, RegistryError
+from tide_pipeline.models.checkpoint import FILES, digest_draft
+from tide_pipeline.registry.client import connect, talking, tolerating
+from tide_pipeline.registry.run import ARTIFACTS, ensure_experiment, ensure_model, log_draft, single_value
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+
+@dataclass(frozen=True)
+class RegisteredDraft:
+    """A version of `<target>-draft`."""
+
+    version: int
+    draft_version: str             # "v<version>-<digest8>"; "shipped-<digest8>" for the draft an engine came with
+    digest: str
+    run_id: str
+    name: str
+    tags: Mapping[str, str]
+
+
+def default_uri(config: TideConfig) -> str:
+    """TIDE_MLFLOW_URI, or a database in the state directory that needs no server."""
+    found = os.environ.get("TIDE_MLFLOW_URI")
+    if found:
+        return found
+    config.state.mlflow.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{config.state.mlflow / 'mlflow.db'}"
+
+
+def open_registry(config: TideConfig) -> Registry:
+    """The registry of the configured target."""
+    return Registry(default_uri(config), config.target)
+
+
+class Registry:
+    """Drafts of one target. Every method raises RegistryError when MLflow is away or refuses."""
+
+    def __init__(self, tracking_uri: str, target: str) -> None:
+        self.uri, self.target, self.name = tracking_uri, target, f"{target}-draft"
+
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        return connect(self.uri)
+
+    def register(self, checkpoint: DraftCheckpoint, *, lineage: Mapping[str, Any], label: str = "") -> RegisteredDraft:
+        """Log the checkpoint folder as a run and make it a version; a digest that is registered already gives that version.
+
+        `lineage` becomes tags: workload, dagster_run_id and whatever else says where the draft comes from, single values only.
+        `label` takes the place of "v<version>" in the draft version.
+
+        Raises:
+            CheckpointError: the folder is no draft.
+            RegistryError: its bytes are not those of `checkpoint.digest`.
+        """
+        found = digest_draft(Path(checkpoint.path))
+        if found != checkpoint.digest:
+            raise RegistryError(f"draft {checkpoint.path} has digest {found[:12]}, its record says {checkpoint.digest[:12]}: "
+                                "it was altered after training, train it again")
+        tags = self._tags(checkpoint, lineage, label)
+        client = self.client
+        with self._talking(f"registered of draft {found[:8]}"):
+            ensure_model(client, self.name, self.target)
+            if (known := self._find(found)) is not None:
+                return known
+            run_id = log_draft(client, ensure_experiment(client, self.uri, self.target), checkpoint, tags)
+            source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACTS}"
+            mine = client.create_model_version(self.name, source, run_id, tags=tags)
+            first = self._find(found) or self._read(mine)
+            if first.version != int(mine.version):                     # somebody registered the same draft meanwhile
+                client.delete_model_version(self.name, str(mine.version))
+            else:
+                client.set_model_version_tag(self.name, str(mine.version), "draft_version", first.draft_version)
+            return first
+
+    def find(self, digest: str) -> RegisteredDraft | None:
+        """The version with this draft digest."""
+        with self._talking("read"):
+            return self._find(digest)
+
+    def get(self, version: int) -> RegisteredDraft:
+        with self._talking("read"):
+            return self._read(self.client.get_model_version(self.name, str(int(version))))
+
+    def list(self) -> list[RegisteredDraft]:
+        """All versions, oldest first."""
+        with self._talking("read"):
+            return self._search(f"name = '{self.name}'")
+
+    def fetch(self, version: int, into: Path) -> Path:
+        """Download a draft as folder `into`, whole or not at all; its bytes are checked against the recorded digest."""
+        draft = self.get(version)
+        if into.exists():
+            with contextlib.suppress(CheckpointError):
+                if digest_draft(into) == draft.digest:
+                    return into
+            raise RegistryError(f"{into} exists and is not {draft.draft_version}: remove it, or fetch into another folder")
+        with self._talking(f"fetched of version {version}"):
+            into.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent) as scratch:
+                got = Path(self.client.download_artifacts(draft.run_id, ARTIFACTS, scratch))
+                self._verify(draft, got)
+                shutil.move(got, into)
+        return into
+
+    def alias(self, name: str) -> int | None:
+        """The version an alias points at."""
+        with self._talking("read"):
+            version = self._aliases().get(name)
+            return None if version is None else int(version)
+
+    def set_alias(self, name: str, version: int) -> None:
+        with self._talking(f"changed of alias {name!r}"):
+            self.client.set_registered_model_alias(self.name, name, str(version))
+
+    def tag(self, version: int, tags: Mapping[str, Any]) -> None:
+        """Add or replace tags of a version, such as a gate's verdict."""
+        with self._talking(f"tagged of version {version}"):
+            for key, value in tags.items():
+                self.client.set_model_version_tag(self.name, str(version), key, single_value(key, value))
+
+    # --- inside `talking` -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _talking(self, done: str) -> Iterator[None]:
+        _ = self.client                                                # importing MLflow comes before its errors' names
+        with talking(self.uri, done):
+            yield
+
+    def _tags(self, checkpoint: DraftCheckpoint, lineage: Mapping[str, Any], label: str) -> dict[str, str]:
+        facts = {"target": self.target, "digest": checkpoint.digest, "engine_digest": checkpoint.engine_digest, "parent": checkpoint.parent,
+                 "windows": checkpoint.num_windows, "rows": checkpoint.num_rows, "label": label,
+                 "acceptance_length": round(checkpoint.acceptance_length, 4), **lineage}
+        return {key: single_value(key, value) for key, value in facts.items() if value not in (None, "")}
+
+    def _aliases(self) -> Mapping[str, Any]:
+        with tolerating("RESOURCE_DOES_NOT_EXIST"):
+            aliases: Mapping[str, Any] = self.client.get_registered_model(self.name).aliases
+            return aliases
+        return {}
+
+    def _find(self, digest: str) -> RegisteredDraft | None:
+        found = self._search(f"name = '{self.name}' and tags.digest = '{digest}'")
+        return found[0] if found else None
+
+    def _search(self, query: str) -> list[RegisteredDraft]:
+        found, token = [], None
+        while True:
+            page = self.client.search_model_versions(query, max_results=200, page_token=token)
+            found += [self._read(version) for version in page]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda draft: draft.version)
+
+    def _read(self, found: ModelVersion) -> RegisteredDraft:
+        tags, version = dict(found.tags), int(found.version)
+        digest = tags.get("digest", "")
+        if len(digest) < 64:
+            raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, register the draft again")
+        return RegisteredDraft(version, f"{tags.get('label') or f'v{version}'}-{digest[:8]}", digest, found.run_id, self.name, tags)
+
+    def _verify(self, draft: RegisteredDraft, folder: Path) -> None:
+        try:
+            found = digest_draft(folder)
+        except CheckpointError as error:
+            raise RegistryError(f"{draft.draft_version} in MLflow is incomplete, {' or '.join(FILES)} is missing: register it again") from error
+        if found != draft.digest:
+            raise RegistryError(f"MLflow gave other bytes for {draft.draft_version}: digest {found[:12]}, recorded {draft.digest[:12]}. "
+                                "The artifact store was altered: don't serve it, register the draft again from its checkpoint")

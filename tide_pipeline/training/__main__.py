@@ -1,0 +1,139 @@
+"""Training as a process of its own: `python -m tide_pipeline.training --workload de --out DIR`. The only place that knows Dagster Pipes.
+
+Exit codes: 0 trained, 1 failed with a message, 2 bad usage, 130 stopped by a signal after a checkpoint (run it again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tide_pipeline import recipes
+from tide_pipeline.config import TideConfig, TrainingSettings, override
+from tide_pipeline.contracts import DraftCheckpoint, to_json
+from tide_pipeline.errors import TideError
+from tide_pipeline.training.loop import TrainingInterrupted, train_draft
+from tide_pipeline.training.progress import BarViewer, FileViewer, LineViewer, TrainProgress, Viewer
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        config = _config(args)
+        stop = _Stop()
+        _take_share(config.training)
+        with _pipes() as pipes:
+            viewers = _viewers(args, pipes)
+            try:
+                checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
+                                         progress=lambda p: _show(viewers, p), should_stop=lambda: stop.asked)
+            finally:
+                for viewer in viewers:
+                    viewer.close()
+            if pipes is not None:
+                pipes.report_asset_materialization(metadata=_metadata(checkpoint))
+    except TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return 130
+    except TideError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(to_json(checkpoint) if args.json else f"draft {checkpoint.digest[:12]} in {checkpoint.path}: acceptance length "  # noqa: T201
+          f"{checkpoint.acceptance_length:.2f} after {checkpoint.steps} steps, {checkpoint.train_s:.0f} s")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tide_pipeline.training", description="Train a draft from captured windows.")
+    parser.add_argument("--workload", required=True, help="the drifted workload")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new draft; an unfinished run in it is gone on with")
+    parser.add_argument("--champion", type=Path, help="draft folder to start from (default: from scratch)")
+    parser.add_argument("--parent", default="", help="the champion's version, for the lineage")
+    parser.add_argument("--config", type=Path, help="TOML settings (default: TIDE_CONFIG, else the recipe pocket_cpu)")
+    parser.add_argument("--time-budget-s", type=float, help="overrides training.time_budget_s")
+    parser.add_argument("--seed", type=int, help="overrides training.seed")
+    parser.add_argument("--json", action="store_true", help="print the checkpoint record as JSON on stdout; progress goes to stderr")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> TideConfig:
+    config = recipes.load(file=args.config) if args.config else recipes.from_environment()
+    given = {"time_budget_s": args.time_budget_s, "seed": args.seed}
+    return override(config, {"training": {name: value for name, value in given.items() if value is not None}})
+
+
+class _Stop:
+    """Remembers that SIGINT, SIGTERM or the parent's death asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+        parent = os.getppid()
+        with contextlib.suppress(OSError, AttributeError):              # Linux only: die with the parent, after a checkpoint
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            self.asked = True                                           # it died before we asked
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _take_share(settings: TrainingSettings) -> None:
+    """Be polite: serving comes first on shared cores."""
+    with contextlib.suppress(OSError):
+        os.nice(settings.nice)
+
+
+@contextlib.contextmanager
+def _pipes() -> Iterator[Any]:
+    """The Pipes context when Dagster started this process, else None."""
+    try:
+        import dagster_pipes
+    except ImportError:
+        yield None
+        return
+    if not dagster_pipes.PipesEnvVarParamsLoader().is_dagster_pipes_process():
+        yield None
+        return
+    with dagster_pipes.open_dagster_pipes() as context:
+        yield context
+
+
+def _viewers(args: argparse.Namespace, pipes: Any) -> list[Viewer]:
+    console = Console(stderr=args.json)
+    if pipes is not None:
+        screen: Viewer = LineViewer(pipes.log.info)
+    elif console.is_terminal:
+        screen = BarViewer(console)
+    else:
+        screen = LineViewer(lambda line: print(line, file=console.file, flush=True))
+    return [FileViewer(args.out / "progress.json"), screen]
+
+
+def _show(viewers: list[Viewer], progress: TrainProgress) -> None:
+    for viewer in viewers:
+        viewer.show(progress)
+
+
+def _metadata(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    """Plain numbers, which Dagster plots over time."""
+    return {"acceptance_length": checkpoint.acceptance_length, "train_s": checkpoint.train_s, "steps": checkpoint.steps,
+            "steps_per_s": checkpoint.steps / max(checkpoint.train_s, 1e-9),
+            "windows": checkpoint.num_windows, "rows": checkpoint.num_rows,
+            "digest": checkpoint.digest, "path": checkpoint.path, "parent": checkpoint.parent}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
