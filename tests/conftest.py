@@ -13,8 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from tests.helpers import tiny_spec, write_tiny_build, write_tiny_target
 
+from tests.helpers import tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.config import project_root
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.models.target import Target

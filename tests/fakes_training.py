@@ -104,7 +104,8 @@ def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None =
         s = w.window
         assert writer.offer_window(ClosedWindow(
             s.request_id, s.tenant, s.workload, s.draft_version, s.engine_digest, "auto", SamplingParams(temperature=s.temperature),
-            s.num_prompt_tokens, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3, w.final_TD is not None, s.closed_at))
+            s.num_prompt_tokens, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3, w.final_TD is not None,
+            s.closed_at))
     assert writer.flush()
     writer.close()
 

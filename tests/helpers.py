@@ -77,7 +77,8 @@ def write_tiny_target(folder: Path, *, layers: int = 4, vocab: int = BYTES_VOCAB
     for i in range(layers):
         p = f"model.layers.{i}."
         weights |= {p + "self_attn.q_proj.weight": w(heads * size, hidden), p + "self_attn.k_proj.weight": w(kv_heads * size, hidden),
-                    p + "self_attn.v_proj.weight": w(kv_heads * size, hidden), p + "self_attn.o_proj.weight": w(hidden, heads * size, gain=context),
+                    p + "self_attn.v_proj.weight": w(kv_heads * size, hidden),
+                    p + "self_attn.o_proj.weight": w(hidden, heads * size, gain=context),
                     p + "mlp.gate_proj.weight": w(intermediate, hidden), p + "mlp.up_proj.weight": w(intermediate, hidden),
                     p + "mlp.down_proj.weight": w(hidden, intermediate, gain=context),
                     p + "input_layernorm.weight": norm(), p + "post_attention_layernorm.weight": norm()}
@@ -159,8 +160,8 @@ def tiny_engine(target_dir: Path, *, spec: EngineSpec | None = None, drafts: Map
                 sink: Sink | None = None, max_batch: int = 4, queue_size: int = 64, prefill_chunk: int = 16,
                 speculation: SpeculationSettings | None = None) -> EmbeddedEngine:
     """An engine that is not started: call `step()`, or `drain` below. A single build serves every workload."""
-    engine = EmbeddedEngine(target_dir, spec or tiny_spec(), ServeSettings(max_batch=max_batch, queue_size=queue_size, prefill_chunk=prefill_chunk),
-                            speculation or SpeculationSettings(), sink)
+    serve = ServeSettings(max_batch=max_batch, queue_size=queue_size, prefill_chunk=prefill_chunk)
+    engine = EmbeddedEngine(target_dir, spec or tiny_spec(), serve, speculation or SpeculationSettings(), sink)
     if drafts is not None:
         engine.set_drafts({"*": drafts} if isinstance(drafts, EngineBuild) else drafts)
     return engine

@@ -13,13 +13,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "tide_pipeline"
 
 # A part may import parts of its own line and of the lines above.
-ORDER = ["contracts config recipes errors provenance", "workloads", "deployment", "models", "engine", "capture", "serve", "drift", "training",
-         "registry", "build", "gate", "rollout", "plan", "simulate", "report", "stack", "defs", "cli"]
+ORDER = ["contracts config recipes errors provenance", "workloads", "deployment", "models", "engine", "capture", "serve", "drift",
+         "training", "registry", "build", "gate", "rollout", "plan", "simulate", "report", "stack", "defs definitions", "cli"]
 LEVEL = {part: i for i, line in enumerate(ORDER) for part in line.split()}
 
 # Who may import what.
 ONLY = {
-    "dagster": ("defs", "stack"),
+    "dagster": ("defs", "definitions", "stack"),
     "dagster_pipes": ("defs", "stack", "training.__main__"),
     "mlflow": ("registry", "stack"),
     "tensorrt_llm": ("engine.trtllm",),
@@ -67,7 +67,8 @@ def _all_imports() -> Iterator[tuple[str, str]]:
 
 
 def test_every_part_has_its_place_in_the_order() -> None:
-    parts = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())}
+    parts = {path.stem for path in PACKAGE.iterdir()
+             if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())}
     assert parts <= LEVEL.keys(), f"give {sorted(parts - LEVEL.keys())} a place in ORDER, as STYLE.md does"
 
 
@@ -76,7 +77,7 @@ def test_imports_point_one_way() -> None:
     for name, imported in _all_imports():
         if imported.startswith("tide_pipeline."):
             here, there = name.split(".")[0], imported.split(".")[1]
-            if there in LEVEL and LEVEL[there] > LEVEL[here]:
+            if LEVEL.get(there, 0) > LEVEL.get(here, len(ORDER)):
                 wrong.append(f"{name} imports {imported}")
     assert not wrong
 
@@ -113,7 +114,8 @@ def f():
 
 def test_serving_imports_with_four_packages_alone() -> None:
     """In production `models, engine, capture, serve` live inside NVIDIA's image, with its torch and without our other packages."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", BARE_IMPORT, *BARE], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", BARE_IMPORT, *BARE], capture_output=True, text=True, timeout=300,
+                          cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr[-2_000:]
     assert "tide_pipeline.engine.embedded" in done.stdout
 
@@ -150,7 +152,13 @@ class Block:
 sys.meta_path.insert(0, Block())
 for name in [n for n in sys.modules if n.split(".")[0] in blocked]:
     del sys.modules[name]
-sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")     # Triton itself gives this one
+class Triton(types.ModuleType):                   # Triton itself gives its models this module; any name is there
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+sys.modules["triton_python_backend_utils"] = Triton("triton_python_backend_utils")
 
 for part in sys.argv[1:]:
     package = importlib.import_module(f"tide_pipeline.{part}")

@@ -143,6 +143,7 @@ class StackSettings:
     triton_metrics_port: int = 0
     mlflow_port: int = 0
     dagster_port: int = 0
+    dagster_code_port: int = 0         # of the code server that webserver, daemon and commands share
     start_timeout_s: float = 90.0
     sensor_interval_s: int = 2
 

@@ -16,6 +16,7 @@ TideError
 ├── BuildError               a build is missing, incomplete or altered
 ├── DeploymentConflict       somebody else wrote the deployment record first
 ├── GateNotPassed            promotion was asked for without a passing verdict
+├── NothingToRollBack        the deployment record holds no earlier state
 └── StackError               a local service did not start, stop or answer
     └── PortInUse
 """
@@ -70,6 +71,9 @@ class DeploymentConflict(TideError): ...
 
 
 class GateNotPassed(TideError): ...
+
+
+class NothingToRollBack(TideError): ...
 
 
 class StackError(TideError): ...

@@ -6,11 +6,13 @@ the classic silent EAGLE bug: nothing fails, acceptance is just low.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
 from tests.helpers import (
     RecordingSink,
     Seen,
@@ -23,7 +25,6 @@ from tests.helpers import (
     tiny_engine,
     write_tiny_build,
 )
-
 from tide_pipeline.config import load_engine_spec
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.models.target import Target
@@ -52,7 +53,7 @@ def pocket(pocket_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
         (place / "draft").symlink_to(champion)
         build = EngineBuild("champion", "pocket", "embedded", str(place), "champion", "", target.digest, 0.0)
     else:
-        build = write_tiny_build(tmp_path_factory.mktemp("random"), target, random_draft(target))
+        build = write_tiny_build(tmp_path_factory.mktemp("random"), target, random_draft(target), version="random")
     return Case(pocket_dir / spec.model, target, build, ("def main(argv):\n    ", "The following options are"))
 
 
@@ -71,7 +72,7 @@ def test_captured_rows_line_up_with_what_was_emitted(case: Case, speculation: st
         seen, prompt = sink.requests[f"r{i}"], engine.codec.encode(case.prompts[i])
         count_ties(case.target, prompt, answer.tokens)
         _check(case.target, prompt, answer.tokens, seen)
-    if speculation == "4":
+    if speculation == "4" and case.build.draft_version != "random":            # a random draft is right by accident only
         assert engine.stats().accepted_tokens > 0
 
 
@@ -104,8 +105,6 @@ def test_a_shift_by_one_row_would_be_seen(tiny: Case) -> None:
 
 
 def test_without_soft_targets_only_taps_are_captured(tmp_path: Path, tiny: Case) -> None:
-    import dataclasses
-
     spec = dataclasses.replace(tiny.target.spec, soft_targets=False)
     target, sink = Target(tiny.target_dir, spec), RecordingSink()
     engine = tiny_engine(tiny.target_dir, spec=spec, drafts=write_tiny_build(tmp_path, target), sink=sink)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from tests.helpers import write_tiny_build
 
+from tests.helpers import write_tiny_build
 from tide_pipeline.models.target import Target
 
 GOLDEN = Path(__file__).parent / "draft_checkpoint.json"
@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).parent / "draft_checkpoint.json"
 
 def _tensors(folder: Path) -> dict[str, dict]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return {name: {"shape": file.get_slice(name).get_shape(), "dtype": file.get_slice(name).get_dtype()} for name in sorted(file.keys())}
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        return {name: {"shape": s.get_shape(), "dtype": s.get_dtype()} for name, s in slices.items()}
 
 
 def test_exported_draft_matches_the_golden(tmp_path: Path, tiny_target: Target) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from tests.helpers import agreeing_draft, plain_pass, random_draft, tiny_spec, write_tiny_build, write_tiny_target
 from torch import Tensor
 
+from tests.helpers import agreeing_draft, plain_pass, random_draft, tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft, read_identity, save_draft
 from tide_pipeline.models.eagle3 import DraftRunner
@@ -59,7 +59,8 @@ def _edit(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def test_a_draft_for_another_target_is_a_mismatch(tmp_path: Path, folder: Path, tiny_target: Target) -> None:
-    for shape, message in (({"hidden": 24, "heads": 2}, "hidden size 32"), ({"vocab": 200}, "vocabulary 257"), ({"seed": 9}, "trained on engine")):
+    for shape, message in (({"hidden": 24, "heads": 2}, "hidden size 32"), ({"vocab": 200}, "vocabulary 257"),
+                           ({"seed": 9}, "trained on engine")):
         other = Target(write_tiny_target(tmp_path / message, **shape), tiny_spec())
         expect = None if "seed" not in shape else _identity(other)
         with pytest.raises(EngineMismatch, match=message):
@@ -102,7 +103,7 @@ def test_a_folder_that_is_no_draft_is_refused(tmp_path: Path, folder: Path, tiny
     for place, message in ((tmp_path / "nowhere", "config.json missing"), (tiny_dir, "not an EAGLE-3 draft")):
         with pytest.raises(CheckpointError, match=message):
             load_draft(place, tiny_target.shape)
-    with pytest.raises(CheckpointError, match="model.safetensors missing|config.json, model.safetensors missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json, model\.safetensors missing"):
         digest_draft(tmp_path)
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])
@@ -171,7 +172,8 @@ def test_one_drafted_step_equals_the_formula(tiny_target: Target) -> None:
     def rms(x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[name]
 
-    both = torch.cat((rms(tiny_target.embedding_VD[token], "midlayer.input_layernorm.weight"), rms(h, "midlayer.hidden_norm.weight")), dim=-1)
+    embedded = rms(tiny_target.embedding_VD[token], "midlayer.input_layernorm.weight")
+    both = torch.cat((embedded, rms(h, "midlayer.hidden_norm.weight")), dim=-1)
     value = both @ w["midlayer.self_attn.v_proj.weight"].T                       # a single position: attention is the value itself
     x = h + value.view(1, 2, 1, 16).expand(1, 2, 2, 16).reshape(1, 64) @ w["midlayer.self_attn.o_proj.weight"].T
     n = rms(x, "midlayer.post_attention_layernorm.weight")

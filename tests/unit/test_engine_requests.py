@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load, save_file
+
 from tests.helpers import (
     Answer,
     RecordingSink,
@@ -25,7 +25,6 @@ from tests.helpers import (
     write_tiny_build,
     write_tiny_target,
 )
-
 from tide_pipeline.config import SpeculationSettings
 from tide_pipeline.contracts import EngineBuild, FinishReason, RequestOpened, StepEvent, TokenChunk
 from tide_pipeline.engine.embedded import EmbeddedEngine
@@ -116,7 +115,8 @@ def test_cancelling_frees_the_slot_at_the_next_step(tiny_dir: Path, tiny_build: 
 
 
 def test_a_deadline_ends_waiting_and_running_requests(engine: EmbeddedEngine) -> None:
-    late, patient = submit(engine, ask("late", "a", max_tokens=60, ignore_eos=True, deadline_s=0.2)), submit(engine, ask("patient", "b", max_tokens=5))
+    late = submit(engine, ask("late", "a", max_tokens=60, ignore_eos=True, deadline_s=0.2))
+    patient = submit(engine, ask("patient", "b", max_tokens=5))
     for _ in range(3):
         engine.step()
     time.sleep(0.25)
@@ -145,7 +145,8 @@ def test_a_stop_string_across_token_borders_ends_plain_and_speculative_answers_a
     plain, = generate(engine, ask("plain", "stop here", max_tokens=30, ignore_eos=True, speculation="off"))
     stop = plain.text[8:11]                                                   # three characters, so at least two tokens
     for speculation in ("off", "1", "4"):
-        answer, = generate(engine, ask(speculation, "stop here", max_tokens=30, ignore_eos=True, speculation=speculation, stop=(stop, "never there")))
+        answer, = generate(engine, ask(speculation, "stop here", max_tokens=30, ignore_eos=True, speculation=speculation,
+                                       stop=(stop, "never there")))
         assert answer.finish_reason is FinishReason.STOP
         assert answer.text == plain.text[: plain.text.find(stop)]
         assert answer.tokens == plain.tokens[: len(answer.tokens)] and engine.codec.decode(answer.tokens).endswith(stop)
@@ -227,7 +228,8 @@ def test_a_step_that_fails_ends_its_requests_with_the_error_and_the_next_are_ser
 
 # --- drafts ----------------------------------------------------------------------------------------------------------
 
-def test_a_draft_that_does_not_fit_is_refused_and_the_running_one_stays(tmp_path: Path, engine: EmbeddedEngine, tiny_target: Target) -> None:
+def test_a_draft_that_does_not_fit_is_refused_and_the_running_one_stays(tmp_path: Path, engine: EmbeddedEngine,
+                                                                         tiny_target: Target) -> None:
     other = Target(write_tiny_target(tmp_path / "other", seed=5), tiny_spec())
     foreign = write_tiny_build(tmp_path / "foreign", other, version="foreign")
     sick = write_tiny_build(tmp_path / "sick", tiny_target, noise=0.3, version="sick")
@@ -240,7 +242,7 @@ def test_a_draft_that_does_not_fit_is_refused_and_the_running_one_stays(tmp_path
         engine.set_drafts({"*": foreign})
     with pytest.raises(BuildError, match="it was altered"):
         engine.set_drafts({"*": sick})
-    with pytest.raises(CheckpointError, match="fc.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"fc\.weight holds NaN"):
         engine.set_drafts({"a": dataclasses.replace(sick, draft_digest="")})
     with pytest.raises(CheckpointError, match="missing"):
         engine.set_drafts({"a": missing, "*": missing})
@@ -287,7 +289,8 @@ def test_close_tells_everybody_cancelled_and_closes_the_sink(tiny_dir: Path, tin
         engine.submit(ask("late", "a"))
 
 
-def test_a_started_engine_serves_threads_swaps_and_closes(tiny_dir: Path, tiny_build: EngineBuild, tiny_target: Target, tmp_path: Path) -> None:
+def test_a_started_engine_serves_threads_swaps_and_closes(tiny_dir: Path, tiny_build: EngineBuild, tiny_target: Target,
+                                                           tmp_path: Path) -> None:
     """The one test here with the engine's own thread: clients submit, iterate and cancel from theirs while drafts change."""
     engine = tiny_engine(tiny_dir, drafts=tiny_build)
     other = write_tiny_build(tmp_path, tiny_target, noise=0.5, version="v2")

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
-from tests.helpers import plain_pass, tiny_spec, write_tiny_target
 
+from tests.helpers import EPSILON, ask, generate, plain_pass, tiny_engine, tiny_spec, write_tiny_target
+from tide_pipeline.config import load_engine_spec
 from tide_pipeline.errors import CheckpointError
 from tide_pipeline.models import linear
 from tide_pipeline.models.linear import Linear
@@ -53,6 +54,23 @@ def test_a_checkpoint_that_transformers_saved_loads(tmp_path: Path, tiny_dir: Pa
     _, _, got = plain_pass(Target(tmp_path, tiny_spec()), ids)
     _, _, want = plain_pass(Target(tiny_dir, tiny_spec()), ids)
     torch.testing.assert_close(got, want)
+
+
+def test_transformers_gives_the_same_greedy_tokens_on_the_pocket_target(pocket_dir: Path) -> None:
+    """Every token of the engine is the argmax of the logits that transformers computes over the same prefix, or within 1e-4 of it."""
+    from transformers import LlamaForCausalLM
+
+    spec = load_engine_spec(pocket_dir)
+    folder = pocket_dir / spec.model
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = tiny_engine(folder, spec=spec)
+    for i, text in enumerate(("def main(argv):\n    ", "The following options are")):
+        answer, = generate(engine, ask(str(i), text, max_tokens=24, ignore_eos=True, speculation="off"))
+        prompt = engine.codec.encode(text)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([[*prompt, *answer.tokens[:-1]]])).logits[0, len(prompt) - 1:]
+        gap = logits.max(dim=-1).values - logits[torch.arange(24), torch.tensor(answer.tokens)]
+        assert float(gap.max()) <= EPSILON
 
 
 def test_cached_steps_of_any_width_equal_one_pass(tiny_target: Target) -> None:
@@ -153,7 +171,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_and_a_config_that_is_no_json_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         read_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):

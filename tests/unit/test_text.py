@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.helpers import write_tokenizer
 
+from tests.helpers import write_tokenizer
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.errors import CheckpointError, InvalidRequest
 
@@ -94,5 +94,5 @@ def test_a_missing_or_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     for content in (None, "{}"):
         if content is not None:
             (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError, match="tokenizer.json can't be read"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read"):
             TextCodec(tmp_path)

@@ -50,7 +50,7 @@ def test_too_few_requests_says_how_many(config: TideConfig) -> None:
 
 
 def test_another_engines_windows_are_refused(config: TideConfig) -> None:
-    with pytest.raises(EngineMismatch, match="all 45 captured windows .* come from another engine"):
+    with pytest.raises(EngineMismatch, match=r"all 45 captured windows .* come from another engine"):
         find_windows(config, "de", "newer-digest")
 
 
@@ -82,7 +82,9 @@ def test_batches_depend_on_seed_and_step_alone_and_mix_replay_evenly(config: Tid
     assert not sampler.batch(5).next_ids_BT.equal(sampler.batch(6).next_ids_BT)
     drawn = [row[0].split("-")[0] for step in range(20) for row in sampler.batch(step).requests]
     assert drawn.count("py") == 10 and len(drawn) == 40
-    assert all("py" in {r.split("-")[0] for row in sampler.batch(s).requests + sampler.batch(s + 1).requests for r in row} for s in range(0, 20, 2))
+    for step in range(0, 20, 2):                                                  # one in four, never two rows of four without
+        rows = sampler.batch(step).requests + sampler.batch(step + 1).requests
+        assert [row[0].split("-")[0] for row in rows].count("py") == 1
 
 
 def test_only_the_heads_tensors_are_needed(config: TideConfig, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.contracts import DraftCheckpoint, EngineBuild, from_dict
+from tide_pipeline.contracts import ANY_WORKLOAD, DraftCheckpoint, EngineBuild, from_dict
+from tide_pipeline.deployment.builds import load_build
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError
 from tide_pipeline.provenance import write_json
 
@@ -74,3 +76,17 @@ class Adaptation:
 
     def build(self) -> EngineBuild:
         return self.load(EngineBuild, "build")
+
+
+def served_key(config: TideConfig, workload: str) -> str:
+    """The workload tag itself where it has a draft of its own, else "*"."""
+    latest = DeploymentRecord(config.state.deployments, config.target).latest()
+    return workload if latest is not None and workload in latest.groups["rest"] else ANY_WORKLOAD
+
+
+def served_build(config: TideConfig, workload: str) -> EngineBuild | None:
+    """The build that serves a workload now; None when nothing is deployed, or no draft for it. Raises BuildError when it was altered."""
+    latest = DeploymentRecord(config.state.deployments, config.target).latest()
+    rest = latest.groups["rest"] if latest is not None else {}
+    build_id = rest.get(workload) or rest.get(ANY_WORKLOAD)
+    return load_build(config.state.builds, config.target, build_id) if build_id else None

@@ -1,17 +1,14 @@
 """From captured windows to an engine build: train, register, build. Each asset makes one call into the core."""
 
-import sys
-
 import dagster as dg
 
-from tide_pipeline.contracts import EngineBuild
-from tide_pipeline.defs.adaptation import Adaptation, Request
-from tide_pipeline.defs.lake import acceptance_log, signal_windows
+from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
+from tide_pipeline.defs.lake import signal_windows
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.trainer import DagsterPipesExecutionError, after_a_failed_training, training_command, training_environment
 
 GROUP = "adaptation"
 TRAIN_POOL = "train_gpu"
-STOPPED = 130                              # exit code of a trainer that was told to stop and left a checkpoint
 
 
 class AdaptConfig(dg.Config):
@@ -22,7 +19,7 @@ class AdaptConfig(dg.Config):
     focus_since: float = 0.0               # Unix seconds since which windows count as the drifted traffic; 0 = all of the workload
 
 
-@dg.asset(deps=[acceptance_log, signal_windows], group_name=GROUP, kinds={"pytorch"}, owners=["team:inference"], pool=TRAIN_POOL)
+@dg.asset(deps=[signal_windows], group_name=GROUP, kinds={"pytorch"}, owners=["team:inference"], pool=TRAIN_POOL)
 def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tide: TideResource,
                      trainer: dg.PipesSubprocessClient) -> dg.MaterializeResult:
     """An EAGLE-3 draft trained on captured windows of one workload, warm-started from the draft that serves it now.
@@ -34,8 +31,8 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     adaptation.save("request", Request(config.workload, config.reason, config.focus_since))
     command = training_command(adaptation, served_build(settings, config.workload))
     try:
-        done = trainer.run(context=context, command=command, env=tide.child_environment() | visible_devices(settings.training.device))
-    except dg.DagsterPipesExecutionError as error:
+        done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
+    except DagsterPipesExecutionError as error:
         raise after_a_failed_training(error) from error
     return done.get_materialize_result()
 
@@ -47,7 +44,7 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
 
     adaptation = adaptation_of(context, tide)
     checkpoint, asked = adaptation.checkpoint(), adaptation.request()
-    lineage = {"dagster_run_id": context.run.root_run_id or context.run_id, "workload": asked.workload, "reason": asked.reason}
+    lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason}
     draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
     return dg.MaterializeResult(metadata={"version": draft.version, "draft_version": draft.draft_version, "digest": draft.digest,
@@ -65,35 +62,11 @@ def draft_engine(context: dg.AssetExecutionContext, tide: TideResource) -> dg.Ma
     fetched = open_registry(settings).fetch(draft.version, adaptation.fetched / draft.draft_version)
     build = build_engine(settings, fetched, draft.draft_version)
     adaptation.save("build", build)
-    return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version, "path": dg.MetadataValue.path(build.path),
-                                          **build.warmup})
+    return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version,
+                                          "path": dg.MetadataValue.path(build.path), **build.warmup})
 
 
 def adaptation_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, tide: TideResource) -> Adaptation:
     """The folder of the run that this step belongs to."""
     run = context.run
     return Adaptation.of(tide.settings(), run.run_id, run.root_run_id)
-
-
-def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> list[str]:
-    """The trainer's command line; the same by hand."""
-    asked = adaptation.request()
-    command = [sys.executable, "-m", "tide_pipeline.training", "--workload", asked.workload, "--out", str(adaptation.draft)]
-    if champion is not None:
-        command += ["--champion", f"{champion.path}/draft", "--parent", champion.draft_version]
-    if asked.focus_since > 0:
-        command += ["--focus-since", str(asked.focus_since)]
-    return command
-
-
-def visible_devices(device: str) -> dict[str, str]:
-    """Only the training device is visible to the trainer: "cpu" hides them all, "cuda:1" shows that one as cuda:0."""
-    return {"CUDA_VISIBLE_DEVICES": device.partition(":")[2] or ("0" if device == "cuda" else "")}
-
-
-def after_a_failed_training(error: dg.DagsterPipesExecutionError) -> Exception:
-    """A trainer that was killed goes on from its snapshot, once; one that gave a reason would give it again."""
-    code = int(str(error).rsplit(" ", 1)[-1])
-    if code < 0 or code == STOPPED:
-        return dg.RetryRequested(max_retries=1, seconds_to_wait=1.0)
-    return dg.Failure(f"training failed with exit code {code}: the reason is at the end of this step's stderr", allow_retries=False)

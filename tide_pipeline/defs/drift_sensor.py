@@ -14,7 +14,7 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.draft import AdaptConfig
 from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
 from tide_pipeline.defs.jobs import ATTEMPT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
-from tide_pipeline.defs.lake import lake_facts
+from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.resources import TideResource
 
 OBSERVE_EVERY_S = 10.0
@@ -37,15 +37,16 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
     if chosen is not None:
         episode = episodes[chosen.workload]
         episodes[chosen.workload] = dataclasses.replace(episode, attempts=episode.attempts + 1, last_run=now)
-    look = now - memory.observed_at >= OBSERVE_EVERY_S
+    is_due = now - memory.observed_at >= OBSERVE_EVERY_S
     return dg.SensorResult(
         run_requests=[_request(config, chosen, episodes[chosen.workload])] if chosen else [],
         skip_reason=None if chosen else reason,
-        cursor=Memory(now if look else memory.observed_at, episodes).to_cursor(),
-        asset_events=[dg.AssetObservation(name, metadata=facts) for name, facts in lake_facts(config).items()] if look else [])
+        cursor=Memory(now if is_due else memory.observed_at, episodes).to_cursor(),
+        asset_events=look(config) if is_due else [])
 
 
-def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mapping[str, Episode], now: float) -> tuple[DriftVerdict | None, str]:
+def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mapping[str, Episode],
+           now: float) -> tuple[DriftVerdict | None, str]:
     """The workload to adapt to now (the surest, largest drop first), or why there is none."""
     from tide_pipeline.capture.reader import count_rows
 

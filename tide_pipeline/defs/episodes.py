@@ -61,7 +61,8 @@ def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftS
         return dataclasses.replace(episode, since=0.0)
     if episode.is_open:
         return episode
-    return dataclasses.replace(episode, number=episode.number + 1, attempts=0, since=now - settings.recent_s, draft_version=verdict.draft_version)
+    return dataclasses.replace(episode, number=episode.number + 1, attempts=0, since=now - settings.recent_s,
+                               draft_version=verdict.draft_version)
 
 
 def why_wait(episode: Episode, num_rows: int, now: float, settings: DriftSettings) -> str:

@@ -16,7 +16,8 @@ HERE = ("localhost", "127.0.0.1", "::1")
 def janitor_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     in_progress = context.instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS))
     lost = fail_lost_runs(context.instance, in_progress)
-    return dg.SkipReason(f"{len(in_progress)} runs in progress, {len(lost)} without a worker" + (f", failed: {', '.join(lost)}" if lost else ""))
+    failed = f", failed: {', '.join(lost)}" if lost else ""
+    return dg.SkipReason(f"{len(in_progress)} runs in progress, {len(lost)} without a worker{failed}")
 
 
 def fail_lost_runs(instance: dg.DagsterInstance, runs: Sequence[dg.DagsterRun]) -> list[str]:
@@ -53,6 +54,6 @@ def is_alive(pid: int, since: float) -> bool:
 
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1.0
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1.0)
     except psutil.NoSuchProcess:
         return False

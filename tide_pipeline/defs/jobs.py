@@ -1,8 +1,10 @@
-"""What can be launched: one adaptation, or the way back. Steps share one process; training is a process of its own inside it."""
+"""What can be launched: one adaptation, the way back, a look at the lake. Steps share a process; training has its own."""
 
 import dagster as dg
 
+from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.deployment.record import DeploymentRecord
 
 TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
@@ -20,14 +22,37 @@ class RollbackConfig(dg.Config):
 
 
 @dg.op(description="Put back what was served before the last rollout.")
-def roll_back(context: dg.OpExecutionContext, config: RollbackConfig, tide: TideResource) -> None:
+def roll_back(context: dg.OpExecutionContext, config: RollbackConfig, tide: TideResource) -> int:
     from tide_pipeline.rollout import rollback
 
-    deployment = rollback(tide.settings(), who=f"dagster run {context.run_id[:8]}", reason=config.reason)
-    context.log.info(f"deployment {deployment.n}: {deployment.groups}")
+    deployment = rollback(tide.settings(), who=f"dagster run {context.run.run_id[:8]}", reason=config.reason)
+    context.log.info(f"deployment {deployment.n} serves {deployment.groups['rest']}")
+    return deployment.n
+
+
+@dg.op(description="Let MLflow's champion alias follow what is served. A step of its own: serving does not wait for MLflow.")
+def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideResource) -> None:
+    from tide_pipeline.registry.registry import open_registry
+    from tide_pipeline.rollout.alias import follow_alias
+
+    config = tide.settings()
+    latest = DeploymentRecord(config.state.deployments, config.target).latest()
+    if latest is not None:
+        context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
 
 
 @dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: "launched by hand"},
-        description="Serve the drafts of the deployment before the last one again.")
+        description="Serve again what was served before the last rollout.")
 def rollback() -> None:
-    roll_back()
+    follow_champion(roll_back())
+
+
+@dg.op(description="Look at the lake now; the drift sensor does it every few seconds.")
+def look_at_lake(context: dg.OpExecutionContext, tide: TideResource) -> None:
+    for observation in look(tide.settings()):
+        context.log_event(observation)
+
+
+@dg.job(executor_def=dg.in_process_executor, description="Observe acceptance_log and signal_windows by hand.")
+def observe_lake() -> None:
+    look_at_lake()

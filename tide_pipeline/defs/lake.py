@@ -1,31 +1,53 @@
 """Assets that the serving engine writes by itself: Dagster observes them and never makes them."""
 
-from collections.abc import Iterator
+import time
+from pathlib import Path
 
 import dagster as dg
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.defs.resources import TideResource
 
 GROUP = "lake"
+HOUR_S = 3600.0
 
 acceptance_log = dg.AssetSpec(
     "acceptance_log", group_name=GROUP, kinds={"parquet"}, owners=["team:serving"],
-    description="What became of every drafted token, per request and block of steps: counts and times, nothing textual. Always on. "
-                "The drift sensor judges it.")
+    description="What became of every drafted token, per request and block of steps: counts and times, nothing textual. Always on; "
+                "the drift sensor judges it.")
 
 signal_windows = dg.AssetSpec(
-    "signal_windows", group_name=GROUP, kinds={"parquet"}, owners=["team:serving"],
-    description="Hidden states of accepted tokens, kept by the engine while its acceptance is low. What a draft is trained on.")
+    "signal_windows", deps=[acceptance_log], group_name=GROUP, kinds={"parquet"}, owners=["team:serving"],
+    description="Hidden states of accepted tokens, collected by the engine while acceptance is low. What a draft is trained on.")
 
 
-@dg.multi_observable_source_asset(specs=[acceptance_log, signal_windows], name="signal_lake")
-def signal_lake(tide: TideResource) -> Iterator[dg.ObserveResult]:
-    """Look now; the drift sensor does the same every few seconds."""
-    for name, facts in lake_facts(tide.settings()).items():
-        yield dg.ObserveResult(asset_key=name, metadata=facts)
+def look(config: TideConfig) -> list[dg.AssetObservation]:
+    """What is in the lake now, as numbers that plot; sums are of the last hour, so that looking costs the same after a year.
+
+    Raises LakeError when the lake can't be read.
+    """
+    from tide_pipeline.drift.series import live
+
+    since, state = time.time() - HOUR_S, config.state
+    now = live(config, config.drift.recent_s)
+    rates = {} if now.acceptance_length is None else {
+        "acceptance_length": now.acceptance_length, "first_position_rate": now.first_position_rate, "drafted_share": now.drafted_share}
+    return [
+        dg.AssetObservation("acceptance_log", metadata={
+            **rates, "tokens_per_s": now.tokens_per_s, "requests": now.requests,
+            "bytes_last_hour": _bytes(state.acceptance, config.target, since)}),
+        dg.AssetObservation("signal_windows", metadata={
+            "rows_last_hour": _rows(state.signals, config.target, since), "bytes_last_hour": _bytes(state.signals, config.target, since)}),
+    ]
 
 
-def lake_facts(config: TideConfig) -> dict[str, dict[str, float]]:
-    """Asset name -> numbers to plot."""
-    raise NotImplementedError
+def _rows(signals: Path, target: str, since: float) -> int:
+    from tide_pipeline.capture.reader import count_rows
+
+    return count_rows(signals, target, since=since)
+
+
+def _bytes(root: Path, target: str, since: float) -> int:
+    """Of live shards written since; one that is compacted away meanwhile counts nothing."""
+    from tide_pipeline.capture.layout import live_shards
+
+    return sum(path.stat().st_size for path in live_shards(root, target, since) if path.exists())

@@ -15,7 +15,3 @@ class TideResource(dg.ConfigurableResource):
 
     def settings(self) -> TideConfig:
         return recipes.load(file=Path(self.config_file)) if self.config_file else recipes.from_environment()
-
-    def child_environment(self) -> dict[str, str]:
-        """What a child process needs to read the same settings. Ours is inherited where the environment named them."""
-        return {"TIDE_CONFIG": self.config_file} if self.config_file else {}

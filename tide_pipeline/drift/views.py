@@ -6,14 +6,16 @@
     drafts       one row per draft version
     skipped      shards that were left out, and why
 
-Times are UTC. DuckDB is confined to the live shards of one target: no other file, no network, no change of settings.
+Times are UTC. People's SQL is confined: only live shards of one target can be read, no other file, no network, no settings.
+DuckDB does not check page checksums: a damaged page counts as damaged when it can't be decoded.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import duckdb
 
@@ -22,55 +24,48 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.drift.shards import find_damage, readable_shards
 from tide_pipeline.errors import InvalidRequest, LakeError
 
-T = TypeVar("T")
-
 SCHEMAS = {"acceptance": ACCEPTANCE_SCHEMA, "signals": SIGNALS_SCHEMA}
 TEXT_COLUMNS = ("token_ids", "rejected", "taps", "final")
 PARTITIONS = {"target": "varchar", "date": "date", "hour": "integer"}
 VIEWS = ("acceptance", "signals", "requests", "drafts", "skipped")
 
-REQUESTS = """
-create view requests as
+# What DuckDB raises for SQL that is wrong, whatever the shards hold.
+_WRONG_SQL = (duckdb.ParserException, duckdb.SyntaxException, duckdb.BinderException, duckdb.CatalogException, duckdb.PermissionException,
+              duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.NotImplementedException)
+
+# Acceptance by step, not by request; both figures over steps that drafted, so that the speculation controller can't move them.
+_RATES = """
+       1 + sum(list_sum(accepted)) / nullif(sum(drafted[1]), 0) as acceptance_length,
+       sum(accepted[1]) / nullif(sum(drafted[1]), 0) as first_position_rate"""
+_REQUESTS = f"""
+create temp view requests as
 select request_id, workload, tenant, replica, max(draft_version) as draft_version, any_value(speculation) as speculation,
        any_value(temperature) as temperature, max(time) as finished_at, max(finish_reason) as finish_reason,
        any_value(num_prompt_tokens) as num_prompt_tokens, 1 + sum(emitted_tokens)::bigint as output_tokens,
-       sum(num_steps)::bigint as steps, sum(coalesce(drafted[1], 0))::bigint as drafted_steps,
-       1 + sum(list_sum(accepted)) / nullif(sum(drafted[1]), 0) as acceptance_length,
-       sum(accepted[1]) / nullif(sum(drafted[1]), 0) as first_position_rate, max(ttft_ms) as ttft_ms, sum(duration_ms) as step_ms
+       sum(num_steps)::bigint as steps, sum(coalesce(drafted[1], 0))::bigint as drafted_steps, {_RATES},
+       max(ttft_ms) as ttft_ms, sum(duration_ms) as step_ms
 from acceptance group by request_id, workload, tenant, replica having max(finish_reason) <> ''
-"""
-DRAFTS = """
-create view drafts as
+"""  # noqa: S608 - no value of anyone's in it
+_DRAFTS = f"""
+create temp view drafts as
 select draft_version, min(time) as first_seen, max(time) as last_seen, count(distinct request_id) as requests,
-       sum(num_steps)::bigint as steps, sum(coalesce(drafted[1], 0))::bigint as drafted_steps,
-       1 + sum(list_sum(accepted)) / nullif(sum(drafted[1]), 0) as acceptance_length,
-       sum(accepted[1]) / nullif(sum(drafted[1]), 0) as first_position_rate
+       sum(num_steps)::bigint as steps, sum(coalesce(drafted[1], 0))::bigint as drafted_steps, {_RATES}
 from acceptance where draft_version <> '' group by draft_version
-"""
+"""  # noqa: S608
 
 _log = logging.getLogger(__name__)
 
 
 def connect(config: TideConfig, *, since: float | None = None, with_text: bool = False, threads: int = 1) -> Any:
-    """A DuckDB connection with VIEWS over the live shards of `config.target`; with `since`, those that can hold rows closed after it.
+    """A confined DuckDB connection with VIEWS over the live shards of `config.target`; with `since`, those with rows closed after it.
 
     An empty lake gives empty views. Close the connection after use. Raises LakeError when the lake can't be listed.
     """
     connection = duckdb.connect(":memory:", config={"threads": threads, "temp_directory": ""})
-    connection.execute("set TimeZone = 'UTC'")
-    skipped, allowed = [], []
-    for name, root in (("acceptance", config.state.acceptance), ("signals", config.state.signals)):
-        files, left_out = readable_shards(root, config.target, SCHEMAS[name], since)
-        _create_view(connection, name, files, with_text)
-        skipped += left_out
-        allowed += files
-    connection.execute(REQUESTS)
-    connection.execute(DRAFTS)
-    connection.execute("create table skipped (path varchar, reason varchar)")
-    if skipped:
-        connection.executemany("insert into skipped values (?, ?)", [[str(path), why] for path, why in skipped])
-        _log.warning("left out %d shards of the lake (`tide sql \"from skipped\"`), the first: %s: %s", len(skipped), *skipped[0])
-    _confine(connection, allowed)
+    files = _create_views(connection, config, since, SCHEMAS, with_text)
+    connection.execute(f"set allowed_paths = {_text_list(files)}")
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")
     return connection
 
 
@@ -79,50 +74,77 @@ def query(config: TideConfig, sql: str, *, with_text: bool = False) -> tuple[lis
 
     Raises InvalidRequest for SQL that is wrong or does anything but read.
     """
-    def ask(connection: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
-        answer = connection.execute(sql)
-        return [column[0] for column in answer.description], answer.fetchall()
-
     _check_reads_only(sql)
     try:
-        return _without_damage(config, ask, None, with_text)
+        try:
+            return _ask(connect(config, with_text=with_text), sql)
+        except duckdb.Error as error:
+            if isinstance(error, _WRONG_SQL) or not _find_damage(config, None, sql):
+                raise
+        return _ask(connect(config, with_text=with_text), sql)
     except duckdb.Error as error:
         raise InvalidRequest(f"{error}\nviews: {', '.join(VIEWS)}; `describe <view>` lists its columns") from error
 
 
 def read(config: TideConfig, sql: str, parameters: Mapping[str, Any], *, since: float | None = None) -> list[tuple[Any, ...]]:
-    """Rows of one of our own queries. Raises LakeError when the lake can't be read."""
+    """Rows of a query of our own, in a database that this process keeps open; `since` as in `connect`.
+
+    Raises LakeError when the lake can't be read.
+    """
     try:
-        return _without_damage(config, lambda connection: connection.execute(sql, dict(parameters)).fetchall(), since, False)
-    except duckdb.Error as error:
-        raise LakeError(f"can't query the acceptance log under {config.state.acceptance}: {error}") from error
-
-
-def _without_damage(config: TideConfig, ask: Callable[[Any], T], since: float | None, with_text: bool) -> T:
-    """Ask; when that fails and shards turn out damaged (or gone meanwhile), ask again without them."""
-    with connect(config, since=since, with_text=with_text) as connection:
         try:
-            return ask(connection)
+            return _ask(_views_cursor(config, since, sql), sql, parameters)[1]
         except duckdb.Error:
-            roots = (config.state.acceptance, config.state.signals)
-            if not any([find_damage(root, config.target, since) for root in roots]):     # a list: look in both
+            if not _find_damage(config, since, sql):
                 raise
-    with connect(config, since=since, with_text=with_text) as connection:
-        return ask(connection)
-
-
-def _check_reads_only(sql: str) -> None:
-    try:
-        statements = duckdb.extract_statements(sql)
+        return _ask(_views_cursor(config, since, sql), sql, parameters)[1]
     except duckdb.Error as error:
-        raise InvalidRequest(str(error)) from error
-    kinds = [statement.type for statement in statements]
-    if len(kinds) != 1 or kinds[0] not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-        found = ", ".join(kind.name for kind in kinds) or "nothing"
-        raise InvalidRequest(f"expected one statement that reads (select, from, describe, summarize, explain), got {found}")
+        raise LakeError(f"can't query the lake under {config.state.lake}: {error}") from error
 
 
-def _create_view(connection: Any, name: str, files: list[str], with_text: bool) -> None:
+@functools.cache
+def _database() -> Any:
+    """Opening a database takes longer than most of our queries."""
+    return duckdb.connect(":memory:", config={"threads": 1, "temp_directory": ""})
+
+
+def _views_cursor(config: TideConfig, since: float | None, sql: str) -> Any:
+    cursor = _database().cursor()          # a connection of its own: temporary views are not shared
+    _create_views(cursor, config, since, _datasets(sql))
+    return cursor
+
+
+def _ask(connection: Any, sql: str, parameters: Mapping[str, Any] | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    with connection:
+        answer = connection.execute(sql, dict(parameters)) if parameters else connection.execute(sql)
+        return [column[0] for column in answer.description], answer.fetchall()
+
+
+def _datasets(sql: str) -> list[str]:
+    """Which datasets a query can need: every view but `signals` and `skipped` is made of `acceptance`."""
+    return ["acceptance", *(["signals"] if "signals" in sql.lower() or "skipped" in sql.lower() else [])]
+
+
+def _create_views(connection: Any, config: TideConfig, since: float | None, datasets: Iterable[str], with_text: bool = False) -> list[str]:
+    """Create VIEWS, of these datasets; the files they read."""
+    connection.execute("set TimeZone = 'UTC'")
+    skipped, used = [], []
+    for name in datasets:
+        files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], since)
+        connection.execute(_dataset_view(connection, name, files, with_text))
+        skipped += left_out
+        used += files
+    connection.execute(_REQUESTS)
+    connection.execute(_DRAFTS)
+    connection.execute("create temp table skipped (path varchar, reason varchar)")
+    if skipped:
+        connection.executemany("insert into skipped values (?, ?)", [[str(path), why] for path, why in skipped])
+        _log.warning("left out %d shards of the lake (`tide sql \"from skipped\"`), the first: %s: %s", len(skipped), *skipped[0])
+    return used
+
+
+def _dataset_view(connection: Any, name: str, files: list[str], with_text: bool) -> str:
+    """The statement that creates the view of one dataset."""
     schema = SCHEMAS[name]
     columns = [column for column in schema.names if with_text or column not in TEXT_COLUMNS]
     wanted = ", ".join(f'"{column}"' for column in (*columns, *PARTITIONS))
@@ -132,14 +154,23 @@ def _create_view(connection: Any, name: str, files: list[str], with_text: bool) 
     else:
         connection.register(f"no_{name}", schema.empty_table())
         source = f"(select *, {', '.join(f'null::{kind} as {column}' for column, kind in PARTITIONS.items())} from no_{name})"  # noqa: S608
-    connection.execute(f"create view {name} as select {wanted} from {source}")  # noqa: S608 - names of ours, paths quoted
-
-
-def _confine(connection: Any, files: list[str]) -> None:
-    connection.execute(f"set allowed_paths = {_text_list(files)}")
-    for setting in ("enable_external_access = false", "lock_configuration = true"):
-        connection.execute(f"set {setting}")
+    return f"create temp view {name} as select {wanted} from {source}"  # noqa: S608 - names of ours, paths quoted
 
 
 def _text_list(values: list[str]) -> str:
-    return "[" + ", ".join("'" + value.replace("'", "''") + "'" for value in values) + "]"
+    return "[" + ", ".join("'" + value.replace("'", "''") + "'" for value in values) + "]::varchar[]"
+
+
+def _check_reads_only(sql: str) -> None:
+    try:
+        kinds = [statement.type for statement in duckdb.extract_statements(sql)]
+    except duckdb.Error as error:
+        raise InvalidRequest(str(error)) from error
+    if len(kinds) != 1 or kinds[0] not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+        found = ", ".join(kind.name for kind in kinds) or "nothing"
+        raise InvalidRequest(f"expected one statement that reads (select, from, describe, summarize, explain), got {found}")
+
+
+def _find_damage(config: TideConfig, since: float | None, sql: str) -> bool:
+    """Whether asking again is worth it: shards turned out damaged, or have gone. Signals are read through only if asked for."""
+    return any([find_damage(config.state.lake / name, config.target, since) for name in _datasets(sql)])      # a list: look everywhere

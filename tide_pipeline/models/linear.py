@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 PACKED_ROWS = 4                  # the number of rows that weights are packed for
 PACK_FROM = 100_000              # elements; below, the call itself costs more than packing saves
 

@@ -38,13 +38,13 @@ def plot_curve(curve: Sequence[Point], into: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         axes.plot(*series(curve, name), marker="o" if name == "acceptance_length" else "")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    canvas.print_png(str(into))
+    figure.savefig(into, format="png", dpi=100)
     return into
 
 

@@ -12,8 +12,8 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class RegisteredDraft:
     digest: str
     run_id: str
     name: str
-    tags: Mapping[str, str]
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def default_uri(config: TideConfig) -> str:
@@ -104,7 +104,7 @@ class Registry:
         with self._talking("read"):
             return self._read(self.client.get_model_version(self.name, str(int(version))))
 
-    def list(self) -> list[RegisteredDraft]:
+    def list(self) -> Sequence[RegisteredDraft]:
         """All versions, oldest first."""
         with self._talking("read"):
             return self._search(f"name = '{self.name}'")
@@ -165,11 +165,12 @@ class Registry:
         found = self._search(f"name = '{self.name}' and tags.digest = '{digest}'")
         return found[0] if found else None
 
-    def _search(self, query: str) -> list[RegisteredDraft]:
-        found, token = [], None
+    def _search(self, query: str) -> Sequence[RegisteredDraft]:
+        found: Sequence[RegisteredDraft] = ()
+        token = None
         while True:
             page = self.client.search_model_versions(query, max_results=200, page_token=token)
-            found += [self._read(version) for version in page]
+            found = [*found, *(self._read(version) for version in page)]
             token = page.token
             if not token:
                 return sorted(found, key=lambda draft: draft.version)
@@ -178,14 +179,15 @@ class Registry:
         tags, version = dict(found.tags), int(found.version)
         digest = tags.get("digest", "")
         if len(digest) < 64:
-            raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, register the draft again")
+            raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, "
+                                "register the draft again")
         return RegisteredDraft(version, f"{tags.get('label') or f'v{version}'}-{digest[:8]}", digest, found.run_id, self.name, tags)
 
     def _verify(self, draft: RegisteredDraft, folder: Path) -> None:
         try:
             found = digest_draft(folder)
         except CheckpointError as error:
-            raise RegistryError(f"{draft.draft_version} in MLflow is incomplete, {' or '.join(FILES)} is missing: register it again") from error
+            raise RegistryError(f"{draft.draft_version} in MLflow lacks {' or '.join(FILES)}: register it again") from error
         if found != draft.digest:
             raise RegistryError(f"MLflow gave other bytes for {draft.draft_version}: digest {found[:12]}, recorded {draft.digest[:12]}. "
                                 "The artifact store was altered: don't serve it, register the draft again from its checkpoint")

@@ -31,7 +31,8 @@ SUMMARY = ("start_acceptance_length", "replay_acceptance_length", "best_step")
 
 def ensure_model(client: MlflowClient, name: str, target: str) -> None:
     with tolerating("RESOURCE_ALREADY_EXISTS"):
-        client.create_registered_model(name, {"target": target}, f"EAGLE-3 drafts of {target}: trained by tide_pipeline, one version per digest")
+        client.create_registered_model(name, {"target": target},
+                                       f"EAGLE-3 drafts of {target}: trained by tide_pipeline, one version per digest")
 
 
 def ensure_experiment(client: MlflowClient, uri: str, target: str) -> str:
@@ -73,7 +74,8 @@ def _run_name(checkpoint: DraftCheckpoint, tags: Mapping[str, str]) -> str:
     return f"{tags.get('workload') or tags.get('label') or 'draft'}-{checkpoint.digest[:8]}"
 
 
-def _log_numbers(client: MlflowClient, run_id: str, checkpoint: DraftCheckpoint, provenance: Mapping[str, Any], curve: Sequence[Point]) -> None:
+def _log_numbers(client: MlflowClient, run_id: str, checkpoint: DraftCheckpoint, provenance: Mapping[str, Any],
+                 curve: Sequence[Point]) -> None:
     from mlflow.entities import Metric, Param
 
     settings = provenance.get("settings")

@@ -149,7 +149,8 @@ class Demo:
             while self.run is None:
                 if time.time() > deadline:
                     said = self.verdict.reason if self.verdict else "no verdict"
-                    raise StageFailed(f"drift: no run was launched in {self.plan.collect_timeout_s:.0f} s ({said}; {self.collected():,} rows)")
+                    raise StageFailed(f"drift: no run was launched in {self.plan.collect_timeout_s:.0f} s "
+                                      f"({said}; {self.collected():,} rows)")
                 self._judge()
                 need = self.config.drift.min_signal_rows
                 self.state.stage = "collect" if self.verdict and self.verdict.drifted else "drift"

@@ -113,6 +113,7 @@ class Run:
         started = time.monotonic() - c.elapsed_s
         evaluated = checkpointed = logged = c.elapsed_s
         rows_before, at_before = c.rows, c.elapsed_s
+        self.tell("training")
         while (share := self.share()) < 1.0:
             loss = self.step(share)
             c.elapsed_s = time.monotonic() - started
@@ -140,7 +141,9 @@ class Run:
         with torch.autocast(self.head.embedding_VD.device.type, torch.bfloat16, enabled=s.autocast):
             loss = ttt_loss(self.draft, batch.to(s.device), self.head.embedding_VD, self.head.lm_head_VD, self.weights)
         value = loss.item()
-        if not math.isfinite(value) or (c.step > 20 and value > 5 * c.mean_loss + 5):
+        if c.step == 0:
+            c.first_loss = value
+        if not math.isfinite(value) or value > 3 * c.first_loss + 10:
             raise TrainingFailed(f"loss {value:.3g} at step {c.step} (mean so far {c.mean_loss:.3g}), in a batch of request "
                                  f"{', '.join(suspects(batch))}: delete that request from the lake, or lower training.learning_rate")
         loss.backward()  # type: ignore[no-untyped-call]

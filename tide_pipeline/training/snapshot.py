@@ -39,7 +39,8 @@ class Counters:
     best_step: int = -1
     start_acceptance: float = 0.0
     last_acceptance: float = 0.0
-    mean_loss: float = 0.0         # exponential mean, for telling an explosion
+    first_loss: float = 0.0        # a loss far above it is an explosion
+    mean_loss: float = 0.0         # exponential mean
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 

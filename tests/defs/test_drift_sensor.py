@@ -1,0 +1,213 @@
+"""The sensor over a real, small lake: what it launches, and what it says when it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from tests.fakes_capture import SLOW, FakeEngine
+from tide_pipeline import recipes
+from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.capture.writer import LakeWriter
+from tide_pipeline.config import CaptureSettings, TideConfig, override
+from tide_pipeline.contracts import AcceptanceRow
+from tide_pipeline.definitions import defs
+from tide_pipeline.defs.drift_sensor import drift_sensor
+from tide_pipeline.defs.episodes import Episode, Memory
+from tide_pipeline.defs.resources import TideResource
+
+SETTINGS = {"engine": "pocket", "drift": {"recent_s": 20.0, "min_steps": 100, "min_signal_rows": 60, "cooldown_s": 60.0, "max_attempts": 2}}
+REQUEST_STEPS = 20
+
+
+class Bench:
+    """A lake, an instance and a cursor that goes from tick to tick."""
+
+    def __init__(self, root: Path, instance: dg.DagsterInstance) -> None:
+        self.instance, self.cursor = instance, ""
+        self.config: TideConfig = override(TideConfig(), {**SETTINGS, "state_dir": str(root / "state")})
+        recipes.freeze(self.config, root / "settings.toml")
+        self.tide = TideResource(config_file=str(root / "settings.toml"))
+
+    def tick(self) -> dg.SensorResult:
+        result = drift_sensor(dg.build_sensor_context(instance=self.instance, cursor=self.cursor, resources={"tide": self.tide}))
+        assert isinstance(result, dg.SensorResult)
+        self.cursor = result.cursor or ""
+        return result
+
+    def traffic(self, rate: float, ago_s: float, *, requests: int = 24, workload: str = "code", version: str = "v1") -> None:
+        """Requests that finished within two seconds, some time ago; first draft tokens are accepted at `rate`."""
+        writer = LakeWriter(CaptureSettings(flush_s=60.0), self.config.target, self.config.state.lake, "replica-0")
+        for i in range(requests):
+            hits = round(rate * REQUEST_STEPS)
+            writer.offer_row(AcceptanceRow(
+                time=time.time() - ago_s + 2.0 * i / requests, request_id=f"{workload}-{ago_s}-{version}-{i}", workload=workload,
+                tenant="acme", replica="replica-0", engine_digest="engine", draft_version=version, speculation="auto", temperature=0.0,
+                draft_length=3, is_probe=False, num_steps=REQUEST_STEPS, drafted=(REQUEST_STEPS,) * 3,
+                accepted=(hits, hits // 2, hits // 4), emitted_tokens=REQUEST_STEPS + hits, mean_batch_size=1.0, duration_ms=100.0,
+                num_prompt_tokens=8, finish_reason="length", ttft_ms=10.0))
+        writer.close()
+
+    def collect(self, requests: int, *, workload: str = "code") -> None:
+        """Windows of thirteen rows each, closed now; their few log rows hardly move the rates of `traffic`."""
+        recorder = Recorder(SLOW, self.config.target, self.config.state.lake, "replica-0")
+        engine = FakeEngine(recorder)
+        for i in range(requests):
+            engine.run(f"{workload}-{time.time_ns()}-{i}", workload=workload)
+        recorder.close()
+
+    def drift(self) -> None:
+        self.traffic(0.8, 200.0)
+        self.traffic(0.3, 8.0)
+
+    def run(self, status: dg.DagsterRunStatus, **tags: str) -> dg.DagsterRun:
+        job = defs().resolve_job_def("adapt_draft")
+        return self.instance.create_run_for_job(job, status=status, tags={f"tide/{name}": value for name, value in tags.items()})
+
+    def episode(self, workload: str = "code") -> Episode:
+        return Memory.from_cursor(self.cursor).episodes[workload]
+
+
+@pytest.fixture(scope="module")
+def ephemeral() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+@pytest.fixture
+def bench(tmp_path: Path, ephemeral: dg.DagsterInstance) -> Bench:
+    for run in ephemeral.get_runs():
+        ephemeral.delete_run(run.run_id)
+    return Bench(tmp_path, ephemeral)
+
+
+def why(result: dg.SensorResult) -> str:
+    assert not result.run_requests and result.skip_reason is not None and result.skip_reason.skip_message
+    return result.skip_reason.skip_message
+
+
+def test_an_empty_lake(bench: Bench) -> None:
+    assert why(bench.tick()) == "no request of pocket was answered lately: nothing to judge"
+
+
+def test_too_little_data_is_said_with_its_numbers(bench: Bench) -> None:
+    bench.traffic(0.8, 8.0, requests=4)
+    assert "code: too little data: the baseline of v1 has 80 of 400 drafted steps" in why(bench.tick())
+
+
+def test_healthy_traffic_quotes_the_verdict(bench: Bench) -> None:
+    bench.traffic(0.8, 200.0)
+    bench.traffic(0.8, 8.0)
+    assert "code: first-position acceptance 0.80, baseline 0.80" in why(bench.tick())
+
+
+def test_drifted_but_too_little_collected(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(2)
+    said = why(bench.tick())
+    assert "code: drifted, but only 26 of 60 signal rows collected yet (first-position acceptance 0.3" in said
+    assert bench.episode().number == 1 and bench.episode().attempts == 0
+
+
+def test_drifted_and_enough_collected_asks_for_a_run(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    before = time.time()
+    (request,) = bench.tick().run_requests or []
+    assert request.run_key == "pocket/code/1/1"
+    tags = {name.removeprefix("tide/"): value for name, value in request.tags.items() if name.startswith("tide/")}
+    assert tags == {"target": "pocket", "workload": "code", "episode": "1", "attempt": "1", "reason": tags["reason"]}
+    assert "baseline 0.80, drop 0." in request.tags["tide/reason"]
+    asked = request.run_config["ops"]["draft_checkpoint"]["config"]
+    assert asked["workload"] == "code" and asked["reason"] == request.tags["tide/reason"]
+    assert before - 21.0 <= asked["focus_since"] <= before - 19.0
+    dg.validate_run_config(defs().resolve_job_def("adapt_draft"), request.run_config)
+
+
+def test_the_surest_drop_goes_first(bench: Bench) -> None:
+    for workload, rate in (("code", 0.5), ("prose", 0.2)):
+        bench.traffic(0.8, 200.0, workload=workload)
+        bench.traffic(rate, 8.0, workload=workload)
+        bench.collect(6, workload=workload)
+    (request,) = bench.tick().run_requests or []
+    assert request.run_key == "pocket/prose/1/1"
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+def test_not_while_one_is_under_way(bench: Bench, status: dg.DagsterRunStatus) -> None:
+    bench.drift()
+    bench.collect(6)
+    run = bench.run(status, target="pocket", workload="code", reason="it fell")
+    assert why(bench.tick()) == f"run {run.run_id[:8]} is {status.value.lower()}: it fell"
+
+
+def test_another_target_or_a_finished_run_does_not_hold_it_up(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    bench.run(dg.DagsterRunStatus.STARTED, target="llama", workload="code")
+    bench.run(dg.DagsterRunStatus.FAILURE, target="pocket", workload="code")
+    assert bench.tick().run_requests
+
+
+def test_a_run_launched_by_hand_holds_it_up(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    bench.run(dg.DagsterRunStatus.STARTED)
+    assert "launched by hand" in why(bench.tick())
+
+
+def test_attempts_cool_down_and_end(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    keys = [request.run_key for request in bench.tick().run_requests or []]
+    assert "cooling down for another" in why(bench.tick())
+    _later(bench)
+    keys += [request.run_key for request in bench.tick().run_requests or []]
+    assert keys == ["pocket/code/1/1", "pocket/code/1/2"]
+    _later(bench)
+    assert "all 2 attempts of episode 1 are used" in why(bench.tick())
+
+
+def test_the_cool_down_counts_from_the_end_of_a_run(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    assert bench.tick().run_requests
+    _later(bench)
+    run = bench.run(dg.DagsterRunStatus.STARTED, target="pocket", workload="code")
+    bench.tick()
+    bench.instance.report_run_failed(run, "gate not passed")
+    assert "the last adaptation was 0 s ago" in why(bench.tick())
+
+
+@pytest.mark.parametrize("cursor", ["{broken", '{"episodes": 3}'])
+def test_a_lost_cursor_never_gives_out_a_number_twice(bench: Bench, cursor: str) -> None:
+    """Dagster takes a run key once and never again: episode 7 must not be followed by episode 1."""
+    bench.drift()
+    bench.collect(6)
+    bench.run(dg.DagsterRunStatus.FAILURE, target="pocket", workload="code", episode="7")
+    bench.cursor = cursor
+    (request,) = bench.tick().run_requests or []
+    assert request.run_key == "pocket/code/8/1"
+
+
+def test_the_lake_is_observed_at_most_every_ten_seconds(bench: Bench) -> None:
+    bench.traffic(0.8, 8.0)
+    bench.collect(2)
+    log, windows = bench.tick().asset_events
+    numbers = {name: value.value for name, value in log.metadata.items()}
+    assert numbers["first_position_rate"] == pytest.approx(0.8, abs=0.01) and numbers["acceptance_length"] == pytest.approx(2.4, abs=0.05)
+    assert numbers["requests"] == 26 and numbers["bytes_last_hour"] > 0
+    assert windows.metadata["rows_last_hour"].value == 26 and windows.metadata["bytes_last_hour"].value > 0
+    assert bench.tick().asset_events == []
+
+
+def _later(bench: Bench) -> None:
+    """As if the last adaptation had been long ago."""
+    memory = Memory.from_cursor(bench.cursor)
+    episodes = {workload: dataclasses.replace(episode, last_run=0.0) for workload, episode in memory.episodes.items()}
+    bench.cursor = dataclasses.replace(memory, episodes=episodes).to_cursor()

@@ -1,0 +1,71 @@
+"""When a drift is worth an adaptation, decided from plain numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tide_pipeline.config import DriftSettings
+from tide_pipeline.contracts import DriftVerdict
+from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
+
+SETTINGS = DriftSettings(recent_s=60.0, min_signal_rows=20_000, cooldown_s=60.0, max_attempts=3)
+NOW = 1_000_000.0
+DRIFTED = DriftVerdict("pocket", "code", True, True, 0.4, 0.7, 0.3, 0.2, 0.4, 500, 900, "v1", "0.40 against 0.70")
+HEALTHY = dataclasses.replace(DRIFTED, drifted=False)
+UNSURE = dataclasses.replace(DRIFTED, drifted=False, enough_data=False)
+
+
+def test_an_episode_opens_with_the_judged_window() -> None:
+    opened = follow(Episode(), DRIFTED, NOW, SETTINGS)
+    assert opened == Episode(number=1, since=NOW - 60.0, draft_version="v1")
+    assert follow(opened, DRIFTED, NOW + 5, SETTINGS) == opened
+
+
+def test_recovery_closes_it_and_the_next_drift_is_another_one() -> None:
+    used = dataclasses.replace(follow(Episode(), DRIFTED, NOW, SETTINGS), attempts=3)
+    closed = follow(used, HEALTHY, NOW + 5, SETTINGS)
+    assert not closed.is_open
+    again = follow(closed, DRIFTED, NOW + 10, SETTINGS)
+    assert (again.number, again.attempts, again.since) == (2, 0, NOW - 50.0)
+
+
+def test_a_new_draft_version_begins_a_new_episode() -> None:
+    first = dataclasses.replace(follow(Episode(), DRIFTED, NOW, SETTINGS), attempts=2)
+    second = follow(first, dataclasses.replace(DRIFTED, draft_version="v2"), NOW + 5, SETTINGS)
+    assert (second.number, second.attempts, second.draft_version) == (2, 0, "v2")
+
+
+def test_too_little_data_changes_nothing() -> None:
+    opened = follow(Episode(), DRIFTED, NOW, SETTINGS)
+    assert follow(opened, UNSURE, NOW + 5, SETTINGS) == opened
+    assert follow(Episode(), UNSURE, NOW, SETTINGS) == Episode()
+
+
+@pytest.mark.parametrize(("episode", "rows", "words"), [
+    (Episode(number=1), 8_100, "only 8,100 of 20,000 signal rows"),
+    (Episode(number=1, attempts=1, last_run=NOW - 22), 90_000, "22 s ago: cooling down for another 38 s"),
+    (Episode(number=4, attempts=3), 90_000, "all 3 attempts of episode 4"),
+    (Episode(number=1, attempts=1, last_run=NOW - 61), 20_000, ""),
+])
+def test_why_a_drifted_workload_waits(episode: Episode, rows: int, words: str) -> None:
+    reason = why_wait(episode, rows, NOW, SETTINGS)
+    assert words in reason and bool(words) == bool(reason)
+
+
+def test_every_attempt_has_its_own_key() -> None:
+    assert run_key(DRIFTED, Episode(number=2, attempts=1)) == "pocket/code/2/1"
+    assert run_key(DRIFTED, Episode(number=2, attempts=2)) == "pocket/code/2/2"
+
+
+def test_the_memory_survives_a_cursor() -> None:
+    memory = Memory(12.5, {"code": Episode(2, 1, NOW, "v1", NOW)})
+    assert Memory.from_cursor(memory.to_cursor()) == memory
+    assert Memory.from_cursor(None) == Memory.from_cursor("") == Memory()
+
+
+@pytest.mark.parametrize("cursor", ["{", "[]", "17", '{"episodes": []}', '{"observed_at": 1, "episodes": {"a": {"wrong": 1}}}', "null"])
+def test_a_foreign_cursor_is_told_apart(cursor: str) -> None:
+    with pytest.raises(ValueError):
+        Memory.from_cursor(cursor)

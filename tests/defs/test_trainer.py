@@ -1,0 +1,71 @@
+"""How the trainer is started, and which of its ends are worth a second try."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from tide_pipeline import recipes
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.defs.adaptation import Adaptation, Request
+from tide_pipeline.defs.trainer import DagsterPipesExecutionError, after_a_failed_training, training_command, training_environment
+from tide_pipeline.errors import BuildError, SettingsError
+
+CHAMPION = EngineBuild("0123456789abcdef", "pocket", "embedded", "/builds/0123456789abcdef", "v3-11112222", "d" * 64, "e" * 64, 0.0)
+
+
+@pytest.fixture
+def adaptation(tmp_path: Path) -> Adaptation:
+    made = Adaptation.of(TideConfig(state_dir=str(tmp_path)), "run-2", "run-1")
+    made.save("request", Request("code", "it fell"))
+    return made
+
+
+def test_a_re_execution_shares_the_folder_of_its_root(tmp_path: Path) -> None:
+    config = TideConfig(state_dir=str(tmp_path))
+    assert Adaptation.of(config, "run-2", "run-1") == Adaptation.of(config, "run-1") != Adaptation.of(config, "run-2")
+
+
+def test_a_step_alone_says_what_to_launch(adaptation: Adaptation) -> None:
+    assert adaptation.request() == Request("code", "it fell")
+    with pytest.raises(BuildError, match="launch the job adapt_draft, or re-execute its run"):
+        adaptation.build()
+    (adaptation.folder / "build.json").write_text("{")
+    with pytest.raises(BuildError, match="can't be read"):
+        adaptation.build()
+
+
+def test_the_command_line_warm_starts_from_the_champion(adaptation: Adaptation) -> None:
+    begin = [sys.executable, "-m", "tide_pipeline.training", "--workload", "code", "--out", str(adaptation.draft)]
+    assert training_command(adaptation, None) == begin
+    adaptation.save("request", Request("code", focus_since=12.5))
+    assert training_command(adaptation, CHAMPION) == [
+        *begin, "--champion", "/builds/0123456789abcdef/draft", "--parent", "v3-11112222", "--focus-since", "12.5"]
+
+
+@pytest.mark.parametrize(("device", "ours", "visible", "named"), [
+    ("cpu", "", "", "cpu"), ("cpu", "3", "", "cpu"), ("cuda", "", "0", "cuda"), ("cuda:1", "", "1", "cuda"),
+    ("cuda:1", "4,6", "6", "cuda")])
+def test_the_trainer_sees_its_own_device(adaptation: Adaptation, device: str, ours: str, visible: str, named: str) -> None:
+    config = override(TideConfig(), {"training": {"device": device}})
+    environment = training_environment(config, adaptation, {"CUDA_VISIBLE_DEVICES": ours})
+    assert environment["CUDA_VISIBLE_DEVICES"] == visible
+    read = recipes.load(file=Path(environment["TIDE_CONFIG"]))
+    assert dataclasses.replace(read.training, device=device) == config.training and read.training.device == named
+
+
+def test_a_device_that_is_not_ours_is_refused(adaptation: Adaptation) -> None:
+    config = override(TideConfig(), {"training": {"device": "cuda:2"}})
+    with pytest.raises(SettingsError, match="cuda:1 is the last"):
+        training_environment(config, adaptation, {"CUDA_VISIBLE_DEVICES": "4,6"})
+
+
+@pytest.mark.parametrize(("code", "again"), [(-9, True), (130, True), (1, False), (2, False)])
+def test_only_a_crash_is_tried_again(code: int, again: bool) -> None:
+    end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"))
+    assert isinstance(end, dg.RetryRequested if again else dg.Failure)

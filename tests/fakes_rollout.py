@@ -1,0 +1,117 @@
+"""An engines folder around the tiny target, and stand-ins for the replicas that a rollout is watched on.
+
+A `FakeReplica` does what serve.agent does, without an engine: it polls the deployment record, verifies the build, reports observed
+state, and writes acceptance rows of the draft it serves through capture's own writer.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tide_pipeline.capture.writer import LakeWriter
+from tide_pipeline.config import CaptureSettings, TideConfig, override
+from tide_pipeline.contracts import AcceptanceRow, EngineBuild, ObservedState
+from tide_pipeline.deployment.builds import load_build
+from tide_pipeline.deployment.record import DeploymentRecord, write_observed
+from tide_pipeline.errors import BuildError
+
+ENGINE_TOML = """name = "tiny"
+backend = "embedded"
+model = "target"
+revision = "1"
+capture_layers = [0, 1, 2]
+soft_targets = true
+champion = "{champion}"
+max_context = 96
+max_draft_length = 4
+"""
+
+
+def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> TideConfig:
+    """Settings whose engine is `tiny` (with a champion, if one is given); `bare` beside it has none."""
+    for name, shipped in (("tiny", champion), ("bare", None)):
+        engine = root / "engines" / name
+        shutil.copytree(tiny_dir, engine / "target")
+        if shipped is not None:
+            shutil.copytree(shipped, engine / "champion")
+        (engine / "engine.toml").write_text(ENGINE_TOML.format(champion="champion" if shipped else ""))
+    return override(TideConfig(), {"engine": "tiny", "engines_dir": str(root / "engines"), "state_dir": str(root / "state"),
+                                   "rollout": {"bake_s": 0.3, "min_bake_steps": 30, "max_bake_s": 6.0, "heartbeat_s": 2.0}})
+
+
+class FakeReplica:
+    """One replica's agent and traffic. `rates` maps draft digests to first-position acceptance; others get 0.5."""
+
+    def __init__(self, config: TideConfig, name: str, *, rates: dict[str, float] | None = None, traffic: bool = True,
+                 breaks_on: str = "", dies_on: str = "", workload: str = "de") -> None:
+        self.config, self.name, self.rates, self.traffic, self.workload = config, name, rates or {}, traffic, workload
+        self.breaks_on, self.dies_on = breaks_on, dies_on              # digest whose build it can't load, or that kills it
+        self.record = DeploymentRecord(config.state.deployments, config.target)
+        self.applied, self.error = 0, ""
+        self.served: dict[str, EngineBuild] = {}
+        self.digests_seen: list[dict[str, str]] = []
+        self._rng = random.Random(name)
+        self._writer = LakeWriter(CaptureSettings(flush_s=0.05), config.target, config.state.lake, name)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> FakeReplica:
+        self._poll()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._writer.close()
+
+    def serve(self, requests: int) -> None:
+        """Requests of 16 steps each, answered with the draft being served."""
+        for _ in range(requests):
+            self._answer()
+        self._writer.flush()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            if not self._poll():
+                return
+            if self.traffic:
+                self._answer()
+
+    def _poll(self) -> bool:
+        desired = self.record.latest()
+        if desired is not None and desired.n > self.applied:
+            try:
+                drafts = {tag: self._load(build_id) for tag, build_id in desired.drafts_for(self.name).items()}
+            except BuildError as error:
+                self.error = str(error)
+            else:
+                if self.dies_on and any(b.draft_digest == self.dies_on for b in drafts.values()):
+                    return False
+                self.served, self.applied, self.error = drafts, desired.n, ""
+                self.digests_seen.append({tag: b.draft_digest for tag, b in drafts.items()})
+        write_observed(self.config.state.observed, ObservedState(
+            self.name, self.config.target, self.applied, {t: b.build_id for t, b in self.served.items()},
+            {t: b.draft_digest for t, b in self.served.items()}, 2.0, 100.0 if self.traffic else 0.0, self.error, time.time(), 0))
+        return True
+
+    def _load(self, build_id: str) -> EngineBuild:
+        build = load_build(self.config.state.builds, self.config.target, build_id)
+        if build.draft_digest == self.breaks_on:
+            raise BuildError(f"build {build_id} can't be loaded here")
+        return build
+
+    def _answer(self) -> None:
+        build = self.served.get(self.workload) or self.served.get("*")
+        rate = self.rates.get(build.draft_digest, 0.5) if build else 0.0
+        accepted = sum(self._rng.random() < rate for _ in range(16))
+        version, length = (build.draft_version, 3) if build else ("", 0)
+        kept = (accepted, accepted // 2, accepted // 4)[:length]
+        self._writer.offer_row(AcceptanceRow(
+            time.time(), f"{self.name}-{time.time_ns()}", self.workload, "acme", self.name, "engine", version, "auto", 0.0, length, False,
+            16, (16,) * length, kept, 16 + sum(kept), 1.0, 30.0, 8, "length", 5.0))

@@ -1,0 +1,197 @@
+"""Rollouts over replicas that pull: what is served at the end, what the record says, and that a crash loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.fakes_rollout import FakeReplica, write_engine
+from tests.helpers import write_tiny_build
+from tide_pipeline.build.engine import build_engine
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
+from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+from tide_pipeline.errors import DeploymentConflict, GateNotPassed
+from tide_pipeline.gate.judge import DOORS
+from tide_pipeline.models.target import Target
+from tide_pipeline.rollout import promote as promote_module
+from tide_pipeline.rollout import replicas as replicas_module
+from tide_pipeline.rollout import rollback
+from tide_pipeline.rollout import watch as watch_module
+from tide_pipeline.rollout.initial import ensure_initial
+from tide_pipeline.rollout.promote import promote
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.05)
+    monkeypatch.setattr(replicas_module, "POLL_S", 0.02)
+    monkeypatch.setattr(replicas_module, "ERROR_GRACE_S", 0.2)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_dir: Path, tiny_build: EngineBuild) -> TideConfig:
+    config = write_engine(tmp_path, tiny_dir, champion=Path(tiny_build.path) / "draft")
+    return override(config, {"capture": {"flush_s": 0.1}})
+
+
+@pytest.fixture
+def champion(config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> Deployment:
+    monkeypatch.setattr("tide_pipeline.build.engine.warm_up_draft", lambda *_: {})
+    found = ensure_initial(config)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def challenger(config: TideConfig, champion: Deployment, tmp_path: Path, tiny_target: Target) -> EngineBuild:
+    draft = Path(write_tiny_build(tmp_path / "new", tiny_target, seed=5).path) / "draft"
+    return build_engine(config, draft, "v2-" + "5" * 8, warm_up=False)
+
+
+def passed(build: EngineBuild, **over: object) -> GateVerdict:
+    doors = {name: {"passed": True, "reason": "good"} for name in DOORS}
+    doors["offline"]["champion_first_position"] = 0.3  # type: ignore[assignment]
+    return dataclasses.replace(GateVerdict(True, doors, "v1", build.draft_version, build.draft_digest), **over)  # type: ignore[arg-type]
+
+
+def stages(config: TideConfig) -> list[str]:
+    return [d.stage for d in DeploymentRecord(config.state.deployments, config.target).history()]
+
+
+def go(config: TideConfig, build: EngineBuild, **kwargs: str) -> Deployment:
+    return promote(config, build, passed(build), who="test", reason="drift on de", **kwargs)  # type: ignore[arg-type]
+
+
+def test_the_first_deployment_is_what_the_engine_ships(config: TideConfig, champion: Deployment) -> None:
+    assert (champion.n, champion.stage, champion.reason) == (1, "stable", "shipped with the engine")
+    assert ensure_initial(config) == champion
+    assert ensure_initial(override(config, {"engine": "bare"})) is None
+
+
+def test_one_replica_is_canary_and_rest(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    told: list[str] = []
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}) as replica:
+        replica.serve(10)
+        done = promote(config, challenger, passed(challenger), who="test", reason="drift on de", progress=told.append)
+        assert replica.served["*"] == challenger
+    assert stages(config) == ["stable", "canary", "stable"] and done.n == 3
+    assert done.groups == {"rest": {"*": challenger.build_id}} and done.who == "test"
+    assert "drift on de" in done.reason and "first-position acceptance 0." in done.reason
+    assert any("waiting for replica-0" in text for text in told) and any(text.startswith("bake") for text in told)
+    assert go(config, challenger) == done, "asked again, nothing happens"
+
+
+def test_only_the_canary_serves_the_new_draft_until_it_is_baked(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with ExitStack() as stack:
+        one, two, three = (stack.enter_context(FakeReplica(config, f"replica-{i}", rates={challenger.draft_digest: 0.8})) for i in range(3))
+        done = go(config, challenger, workload="de")
+        assert all(r.served["de"] == challenger and r.served["*"].build_id == champion.groups["rest"]["*"] for r in (one, two, three))
+        assert read_observed(config.state.observed, "tiny")["replica-2"].deployment >= done.n
+    history = DeploymentRecord(config.state.deployments, "tiny").history()
+    assert history[1].canary_replicas == ("replica-0",) and history[1].groups["rest"] == champion.groups["rest"]
+    assert len(one.digests_seen) == 3 and all("de" not in seen for r in (two, three) for seen in r.digests_seen[:-1])
+
+
+def test_a_draft_that_is_worse_on_live_traffic_goes_back(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.1}) as replica:
+        replica.serve(10)
+        done = go(config, challenger)
+        assert stages(config) == ["stable", "canary", "rolled_back"] and done.groups == champion.groups
+        assert "drop +0." in done.reason and "before 0." in done.reason
+        deadline = threading.Event()
+        while replica.served["*"].draft_digest == challenger.draft_digest and not deadline.wait(0.02):
+            pass
+
+
+def test_without_recent_traffic_the_gates_figure_is_the_baseline(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with FakeReplica(config, "replica-0", traffic=True, rates={challenger.draft_digest: 0.05, "": 0.0}) as replica:
+        replica.traffic = False
+        done_in = threading.Timer(0.3, lambda: setattr(replica, "traffic", True))
+        done_in.start()
+        done = go(override(config, {"drift": {"recent_s": 0.001}}), challenger)
+    assert done.stage == "rolled_back" and "before 0.30" in done.reason
+
+
+def test_a_bake_without_traffic_promotes_with_a_note(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with FakeReplica(config, "replica-0", traffic=False):
+        done = go(config, challenger)
+    assert done.stage == "stable" and "no traffic during the bake" in done.reason
+
+
+def test_without_any_replica_the_record_moves_alone(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    done = go(config, challenger)
+    assert stages(config) == ["stable", "stable"] and "no replica was live" in done.reason
+
+
+def test_a_build_that_replicas_refuse_goes_back(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with FakeReplica(config, "replica-0", breaks_on=challenger.draft_digest):
+        done = go(config, challenger)
+    assert done.stage == "rolled_back" and "can't be loaded here" in done.reason
+
+
+def test_a_canary_that_dies_takes_its_draft_with_it(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    config = override(config, {"rollout": {"max_bake_s": 2.5, "heartbeat_s": 1.0}})
+    with FakeReplica(config, "replica-0", dies_on=challenger.draft_digest):
+        done = go(config, challenger)
+    assert done.stage == "rolled_back" and "stopped reporting" in done.reason
+
+
+def test_a_replica_of_the_rest_that_fails_takes_all_back(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    with (FakeReplica(config, "replica-0"), FakeReplica(config, "replica-1", breaks_on=challenger.draft_digest)):
+        done = go(config, challenger)
+    assert stages(config) == ["stable", "canary", "stable", "rolled_back"] and "replica-1" in done.reason
+    assert done.groups == champion.groups
+
+
+def test_a_killed_rollout_goes_on_with_its_canary(config: TideConfig, champion: Deployment, challenger: EngineBuild,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException): ...
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}):
+        with monkeypatch.context() as patch:
+            patch.setattr(promote_module, "wait_until_served", dies)
+            with pytest.raises(Killed):
+                go(config, challenger)
+        assert stages(config) == ["stable", "canary"]
+        assert go(config, challenger).stage == "stable"
+    assert stages(config) == ["stable", "canary", "stable"], "no second canary was opened"
+
+
+def test_two_rollouts_at_a_time_are_refused(config: TideConfig, champion: Deployment, challenger: EngineBuild, tmp_path: Path,
+                                            tiny_target: Target) -> None:
+    record = DeploymentRecord(config.state.deployments, "tiny")
+    record.append(Deployment(2, "tiny", champion.groups | {"canary": {"*": "somebody"}}, ("replica-9",), "canary", "other", "theirs"))
+    with pytest.raises(DeploymentConflict, match="by other is under way"):
+        go(config, challenger)
+
+
+def test_a_rollback_by_hand_ends_a_bake(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    config = override(config, {"rollout": {"bake_s": 30.0, "max_bake_s": 60.0}})
+    undo = threading.Timer(1.0, lambda: rollback(config, who="me", reason="enough"))
+    with FakeReplica(config, "replica-0"), pytest.raises(DeploymentConflict, match="enough"):
+        undo.start()
+        go(config, challenger)
+    assert stages(config) == ["stable", "canary", "rolled_back"]
+
+
+def test_nothing_is_promoted_without_the_gate(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    good = passed(challenger)
+    closed = {**good.doors, "equivalence": {"passed": False, "reason": "3 of 400 greedy tokens differ"}}
+    for verdict, says in ((dataclasses.replace(good, passed=False), "did not pass"), (dataclasses.replace(good, doors=closed), "3 of 400"),
+                          (dataclasses.replace(good, doors={}), "did not pass"),
+                          (dataclasses.replace(good, challenger_digest="0" * 64), "verdict is about draft 0000")):
+        with pytest.raises(GateNotPassed, match=says):
+            promote(config, challenger, verdict, who="test", reason="")
+    weights = Path(challenger.path) / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(GateNotPassed, match="altered"):
+        promote(config, challenger, good, who="test", reason="")
+    assert stages(config) == ["stable"]

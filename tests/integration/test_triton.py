@@ -1,0 +1,289 @@
+"""The real Triton server on a tiny engine: what clients see, swaps under load, restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ask, generate
+from tests.serving import Place, write_place
+from tide_pipeline.contracts import GenerationRequest
+from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.errors import InvalidRequest, QueueFull
+from tide_pipeline.recipes import freeze
+from tide_pipeline.serve.client import GenerationResult, TritonClient
+from tide_pipeline.serve.process import group_members
+from tide_pipeline.serve.triton import TritonReplica
+
+SERVE = {"serve": {"max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return write_place(tmp_path_factory.mktemp("triton"), SERVE)
+
+
+@pytest.fixture(scope="module")
+def replica(place: Place) -> Iterator[TritonReplica]:
+    """Started without a deployment record: it must be ready all the same."""
+    with TritonReplica(place.config, place.config_file) as running:
+        yield running
+
+
+@pytest.fixture
+def client(replica: TritonReplica) -> TritonClient:
+    return replica.client
+
+
+def post(client: TritonClient, body: Any, endpoint: str = "generate", path: str = "") -> tuple[int, dict[str, Any]]:
+    """As any client would: raw JSON in, status and JSON out."""
+    connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", body if isinstance(body, str) else json.dumps(body))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read().decode().removeprefix("data:") or "{}")
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    gives_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < gives_up, "it never came true"
+        time.sleep(0.05)
+
+
+def plain_text(place: Place, request: GenerationRequest) -> str:
+    """The same request in process, without Triton and without speculation."""
+    engine = EmbeddedEngine(place.config.engine_dir / "target", place.spec, place.config.serve, place.config.speculation)
+    return generate(engine, request)[0].text
+
+
+def test_ready_and_generating_without_a_record(place: Place, client: TritonClient) -> None:
+    assert client.ready()
+    request = ask("first", "hello world", max_tokens=24)
+    result = client.generate(request)
+    assert result.text == plain_text(place, request) and result.num_output_tokens == 24
+    assert (result.draft_version, result.verify_steps) == ("", 0)
+
+
+def test_raw_generate_looks_like_tensorrt_llms(client: TritonClient) -> None:
+    status, outputs = post(client, {"text_input": "hello"})
+    assert status == 200 and outputs["text_output"].startswith("hello") and outputs["num_output_tokens"] == "32"
+    assert "finish_reason" not in outputs and outputs["total_draft_tokens"] == "0" and outputs["acceptance_rate"] == "0"
+    status, outputs = post(client, {"text_input": "hello", "sampling_param_exclude_input_from_output": True, "return_finish_reason": True,
+                                    "sampling_param_max_tokens": 5, "sampling_param_return_perf_metrics": False, "streaming": False})
+    assert status == 200 and not outputs["text_output"].startswith("hello") and outputs["finish_reason"] == "length"
+    assert "total_draft_tokens" not in outputs
+
+
+def test_stream_sends_steps_and_ends_with_the_totals(client: TritonClient) -> None:
+    request = ask("streamed", "hello world", max_tokens=24, temperature=0.9, seed=5)
+    with client.stream(request) as pieces:
+        texts = list(pieces)
+    assert len(texts) == 24 and pieces.result is not None
+    assert pieces.result.text == "".join(texts) == client.generate(request).text
+    assert pieces.result.finish_reason == "length" and pieces.result.target_steps == 23
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    ({}, "missing required input"), ({"txt_input": "hello"}, "missing required input"),
+    ({"text_input": "hello", "sampling_param_max_token": 3}, "did you mean 'sampling_param_max_tokens'"),
+    ({"text_input": ""}, "text_input is empty"), ({"text_input": ["a", "b"]}, "text_input must hold one element"),
+    ({"text_input": "x" * 600}, "exceed this engine's context"), ({"text_input": "x", "speculation": "often"}, "speculation must be"),
+    ({"text_input": "x", "sampling_param_max_tokens": 0}, "max_tokens must be at least 1"),
+    ({"text_input": "x", "sampling_param_temperature": -1}, "temperature must be"), ({"text_input": "x", "deadline_s": 0}, "deadline"),
+    ({"text_input": "x", "request_id": "gone", "stop": True}, "no request 'gone' is running")])
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+def test_bad_requests_are_400(client: TritonClient, body: dict[str, Any], says: str, endpoint: str) -> None:
+    status, outputs = post(client, body, endpoint)
+    assert status == 400 and says in outputs["error"]
+
+
+@pytest.mark.parametrize("body", [{"text_input": 5}, {"text_input": "x", "sampling_param_max_tokens": "many"},
+                                  {"text_input": "x", "streaming": "yes"}, {"text_input": "x", "sampling_param_seed": -1}, "{", ""])
+def test_wrong_types_are_refused_by_triton_itself(client: TritonClient, body: Any) -> None:
+    """Triton 2.51 answers what it can't parse with 500, before any model sees it; serving goes on."""
+    status, outputs = post(client, body)
+    assert status in (400, 500) and ("parse" in outputs["error"])
+    assert client.ready()
+
+
+def test_management_endpoints_are_closed(client: TritonClient) -> None:
+    for path in ("/v2/repository/index", "/v2/repository/models/tiny/unload"):
+        assert post(client, {}, path=path)[0] == 403
+    assert client.ready()
+
+
+def test_a_full_queue_is_503_and_serving_goes_on(client: TritonClient) -> None:
+    def one(i: int) -> str:
+        try:
+            return client.generate(ask(f"crowd-{i}", "hello world", max_tokens=200, ignore_eos=True)).finish_reason
+        except QueueFull:
+            return "full"
+
+    with ThreadPoolExecutor(40) as pool:
+        ended = list(pool.map(one, range(40)))
+    assert ended.count("length") >= 8 and ended.count("full") >= 1 and set(ended) == {"length", "full"}
+    assert client.generate(ask("after", "hello", max_tokens=3)).num_output_tokens == 3
+
+
+def test_a_client_that_disconnects_frees_its_slot(client: TritonClient) -> None:
+    with client.stream(ask("leaver", "hello world", max_tokens=480, ignore_eos=True)) as pieces:
+        next(iter(pieces))
+    finished = client.metrics
+    until(lambda: value(finished(), "tide_running_requests") == 0 and value(finished(), "tide_requests_finished_total") > 0)
+    result = client.generate(ask("leaver", "hello", max_tokens=2))           # its id is free again
+    assert result.num_output_tokens == 2
+
+
+def test_a_running_request_is_cancelled_by_its_id(client: TritonClient) -> None:
+    with client.stream(ask("slow", "hello world", max_tokens=480, ignore_eos=True)) as pieces:
+        told = iter(pieces)
+        next(told)
+        client.cancel("slow")
+        with pytest.raises(Exception, match="cancelled"):
+            list(told)
+    with pytest.raises(InvalidRequest):
+        client.cancel("slow")
+
+
+def test_a_deadline_ends_the_request_with_what_there_is(client: TritonClient) -> None:
+    result = client.generate(ask("late", "hello world", max_tokens=490, ignore_eos=True, deadline_s=0.05))
+    assert result.finish_reason == "deadline" and result.num_output_tokens < 490
+
+
+def value(metrics: dict[str, float], name: str, having: str = "") -> float:
+    return sum(number for series, number in metrics.items() if series.startswith(name + "{") and having in series)
+
+
+def test_drafts_change_under_load_without_a_failed_request(place: Place, client: TritonClient) -> None:
+    """Last of those on this server: from here on it has drafts."""
+    prompts = [f"prompt number {i} of a few" for i in range(8)]
+    requests = [ask("", prompt, max_tokens=40, speculation="3", ignore_eos=True) for prompt in prompts]
+    plain = [plain_text(place, ask(f"plain-{i}", prompt, max_tokens=40, ignore_eos=True)) for i, prompt in enumerate(prompts)]
+    first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
+    place.deploy({"*": first.build_id})
+    until(lambda: value(client.metrics(), "tide_draft_info", "v1-one") == 1)
+    done, results = threading.Event(), []
+
+    def load(i: int) -> None:
+        round_ = 0
+        while not done.is_set():
+            request = GenerationRequest(f"load-{i}-{round_}", requests[i].prompt, requests[i].sampling, requests[i].speculation)
+            with client.stream(request) as pieces:
+                assert "".join(pieces) == plain[i]
+            assert pieces.result is not None
+            results.append(pieces.result)
+            round_ += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(load, i) for i in range(8)]
+        until(lambda: len(results) >= 16)
+        place.deploy({"*": second.build_id})
+        until(lambda: sum(r.draft_version == "v2-two" for r in list(results)) >= 16, 20.0)
+        done.set()
+        for stream in streams:
+            stream.result()
+    check_swap(place, client, results, second.build_id)
+
+
+def check_swap(place: Place, client: TritonClient, results: list[GenerationResult], build_id: str) -> None:
+    versions = [r.draft_version for r in results]
+    assert set(versions) == {"v1-one", "v2-two"} and all(r.verify_steps > 0 and r.num_output_tokens == 40 for r in results)
+    seen = read_observed(place.config.state.observed, "tiny")["replica-0"]
+    assert (seen.deployment, seen.drafts, seen.error) == (2, {"*": build_id}, "") and seen.acceptance_length > 1.0
+    until(lambda: value(client.metrics(), "tide_draft_info", "v2-two") == 1 and value(client.metrics(), "tide_draft_info", "v1-one") == 0)
+    metrics = client.metrics()
+    for name in ("tide_tokens_out_total", "tide_speculation_on_seconds_total", "tide_draft_length_steps_total", "tide_kv_tokens_capacity",
+                 "tide_first_position_rate", "tide_captured_tokens_total", "tide_tokens_per_s"):
+        assert value(metrics, name) > 0, name
+    for name in ("tide_speculation_off_seconds_total", "tide_running_requests", "tide_waiting_requests", "tide_kv_tokens_used",
+                 "tide_dropped_tokens_total", "tide_sink_errors_total", "tide_draft_agent_error"):
+        assert any(series.startswith(name) for series in metrics), name
+    assert value(metrics, "tide_deployment") == 2
+
+
+def test_nothing_of_a_prompt_is_logged(replica: TritonReplica, client: TritonClient) -> None:
+    with contextlib.suppress(InvalidRequest):
+        client.generate(ask("secret-a", "xyzzy-secret", max_tokens=2))
+        client.generate(ask("secret-b", "xyzzy-secret" * 60, max_tokens=2))
+    assert "xyzzy" not in replica.log.read_text(errors="replace")
+
+
+# --- the supervisor ----------------------------------------------------------------------------------------------
+
+def supervise(place: Place, state_file: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "tide_pipeline.serve.supervisor", "--config", str(place.config_file),
+                             "--state-file", str(state_file)], stderr=subprocess.PIPE, text=True)
+
+
+def state_of(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def test_supervisor_restarts_a_killed_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    place, file = write_place(tmp_path, SERVE), tmp_path / "supervisor.json"
+    place.deploy({"*": place.build("v1-one").build_id})
+    supervisor = supervise(place, file)
+    try:
+        until(lambda: state_of(file).get("state") == "ready", 30)
+        killed = state_of(file)["triton_pid"]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: state_of(file)["state"] == "ready" and state_of(file)["restarts"] == 1, 40)
+        again = state_of(file)
+        assert again["triton_pid"] != killed and not group_members(killed)
+        client = TritonClient(again["http_url"], "tiny", metrics_url=again["metrics_url"])
+        assert client.generate(ask("a", "hello", max_tokens=5)).draft_version == "v1-one", "it comes back on the desired build"
+        supervisor.kill()                                    # nothing may outlive it, not even then
+        supervisor.wait()
+        until(lambda: not group_members(again["triton_pid"]), 15)
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
+
+
+def test_supervisor_stops_on_sigterm_even_while_starting(tmp_path: Path) -> None:
+    place, file = write_place(tmp_path, SERVE), tmp_path / "supervisor.json"
+    supervisor = supervise(place, file)
+    try:
+        until(lambda: bool(state_of(file).get("triton_pid")), 20)
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
+        assert state_of(file)["state"] == "stopped" and not group_members(state_of(file)["triton_pid"])
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
+
+
+def test_supervisor_names_the_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = write_place(tmp_path, {"stack": {"triton_http_port": other.getsockname()[1]}})
+        supervisor = supervise(place, tmp_path / "supervisor.json")
+        _, errors = supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 2 and "set stack.triton_http_port" in errors
+    assert state_of(tmp_path / "supervisor.json")["state"] == "failed"
+
+
+def test_an_engine_that_can_not_load_says_why(tmp_path: Path) -> None:
+    place = write_place(tmp_path)
+    (place.config.engine_dir / "target" / "tokenizer.json").write_text("{")
+    freeze(place.config, place.config_file)
+    supervisor = supervise(place, tmp_path / "supervisor.json")
+    _, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 2 and "tokenizer.json can't be read" in errors

@@ -1,0 +1,120 @@
+"""The verdict, door by door, and what must hold for any numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from tide_pipeline.config import GateSettings
+from tide_pipeline.contracts import BenchmarkReport, GateVerdict, PairedAcceptance, from_dict
+from tide_pipeline.gate.judge import DOORS, benchmark_door, equivalence_door, judge, offline_door, speed_ratio
+
+SETTINGS = GateSettings()
+GOOD = PairedAcceptance(1.8, 3.0, 1.2, 0.9, 1.5, 20, 4_000, {"de": {"gain": 1.2, "requests": 20, "champion_first_position": 0.4}})
+
+
+def bench(speedup: float = 1.5, width: float = 0.1, **over: object) -> BenchmarkReport:
+    report = BenchmarkReport("b", "v2", 3.0, 125 * speedup, 125.0, speedup, speedup - width, speedup + width, 20.0, 8, 400, 1, 0)
+    return dataclasses.replace(report, **over)  # type: ignore[arg-type]
+
+
+def verdict(paired: PairedAcceptance = GOOD, champion: BenchmarkReport | None = None,
+            challenger: BenchmarkReport | None = None) -> GateVerdict:
+    return judge(paired=paired, champion=champion, challenger=challenger or bench(), settings=SETTINGS, challenger_digest="d" * 64,
+                 workload="de")
+
+
+def test_a_better_draft_passes_every_door() -> None:
+    found = verdict(champion=bench(1.1, draft_version="v1"))
+    assert found.passed and set(found.doors) == set(DOORS) and (found.champion, found.challenger) == ("v1", "v2")
+    assert "gain +1.20" in found.reasons and "0 of 400" in found.reasons
+    assert found.doors["offline"]["champion_first_position"] == 0.4
+    assert from_dict(GateVerdict, json.loads(json.dumps(dataclasses.asdict(found)))) == found
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"gain_low": 0.049}, "lower end is below 0.05"),
+    ({"gain_low": math.nan}, "lower end is below"),
+    ({"requests": 7}, "7 held-out requests, at least 8"),
+])
+def test_a_gain_that_is_not_certain_is_refused(change: dict[str, float], says: str) -> None:
+    door = offline_door(dataclasses.replace(GOOD, **change), SETTINGS, "de")  # type: ignore[arg-type]
+    assert not door["passed"] and says in door["reason"]
+
+
+def test_no_other_workload_may_lose() -> None:
+    def with_py(gain: float, requests: int = 12) -> PairedAcceptance:
+        return dataclasses.replace(GOOD, by_workload={"py": {"gain": gain, "requests": requests}, "de": {"gain": -9.0, "requests": 20}})
+
+    lost = offline_door(with_py(-0.16), SETTINGS, "de")
+    assert not lost["passed"] and "py -0.16" in lost["reason"] and lost["worst_other_gain"] == -0.16
+    assert not offline_door(with_py(math.nan), SETTINGS, "de")["passed"]
+    assert offline_door(with_py(-0.14), SETTINGS, "de")["passed"]
+    few = offline_door(with_py(-0.9, requests=7), SETTINGS, "de")
+    assert few["passed"] and few["unjudged_workloads"] == ["py"]
+
+
+def test_slower_within_the_noise_passes_and_slower_beyond_it_does_not() -> None:
+    champion = bench(1.5, 0.1)
+    assert benchmark_door(champion, bench(1.45, 0.1), SETTINGS)["passed"]
+    refused = benchmark_door(champion, bench(1.2, 0.1), SETTINGS)
+    assert not refused["passed"] and "below 1.00" in refused["reason"]
+
+
+def test_without_a_champion_it_must_beat_no_speculation() -> None:
+    assert not benchmark_door(None, bench(0.9, 0.05), SETTINGS)["passed"]
+    door = benchmark_door(None, bench(0.97, 0.05), SETTINGS)
+    assert door["passed"] and door["against"] == "no speculation" and door["champion_tokens_per_s"] == 125.0
+
+
+@pytest.mark.parametrize("broken", [{"speedup": math.nan}, {"speedup_low": 0.0}, {"speedup_high": math.inf}, {"speedup_low": 9.0},
+                                    {"prompts": 3}])
+def test_a_benchmark_without_figures_opens_nothing(broken: dict[str, float]) -> None:
+    assert not benchmark_door(bench(), bench(**broken), SETTINGS)["passed"]
+
+
+def test_one_wrong_token_closes_the_gate() -> None:
+    assert not verdict(challenger=bench(mismatches=1)).passed
+    assert not equivalence_door(bench(compared_tokens=0))["passed"], "nothing compared is nothing shown"
+    assert equivalence_door(bench(ties=7))["passed"]
+
+
+speeds = st.floats(0.05, 20.0)
+spreads = st.floats(0.01, 0.9)
+
+
+@given(speeds, spreads, speeds, spreads)
+def test_the_interval_holds_the_ratio_and_mirrors(a: float, a_spread: float, b: float, b_spread: float) -> None:
+    one, two = (bench(s, 0.0, speedup_low=s * (1 - spread), speedup_high=s * (1 + spread)) for s, spread in ((a, a_spread), (b, b_spread)))
+    ratio, low, high = speed_ratio(one, two)
+    assert low <= ratio <= high and math.isclose(ratio, b / a, rel_tol=1e-9)
+    back, back_low, back_high = speed_ratio(two, one)
+    assert math.isclose(ratio * back, 1, rel_tol=1e-9) and math.isclose(low * back_high, 1, rel_tol=1e-9) and back_low <= back
+
+
+@given(speeds, spreads, speeds, st.floats(1.0, 3.0))
+def test_a_faster_challenger_never_does_worse(champion: float, spread: float, challenger: float, factor: float) -> None:
+    def report(speed: float) -> BenchmarkReport:
+        return bench(speed, 0.0, speedup_low=speed * (1 - spread), speedup_high=speed * (1 + spread))
+
+    if benchmark_door(report(champion), report(challenger), SETTINGS)["passed"]:
+        assert benchmark_door(report(champion), report(challenger * factor), SETTINGS)["passed"]
+
+
+anything = st.one_of(st.floats(), st.just(math.nan))
+
+
+@given(anything, anything, st.integers(0, 50), anything, anything, st.integers(0, 20), st.integers(0, 3))
+def test_a_verdict_is_its_doors(gain_low: float, other: float, requests: int, speedup: float, low: float, prompts: int, wrong: int) -> None:
+    paired = dataclasses.replace(GOOD, gain_low=gain_low, requests=requests, by_workload={"py": {"gain": other, "requests": 9}})
+    found = verdict(paired, bench(), bench(speedup, 0.0, speedup_low=low, prompts=prompts, mismatches=wrong))
+    assert found.passed == all(door["passed"] for door in found.doors.values())
+    assert all(isinstance(door["passed"], bool) and door["reason"] for door in found.doors.values())
+    if found.passed:
+        assert gain_low >= SETTINGS.min_gain and requests >= 8 and other >= -SETTINGS.max_workload_loss and prompts >= 4 and not wrong
+        assert low <= speedup

@@ -1,0 +1,145 @@
+"""The draft agent against a real engine, record and builds on disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers import ask, generate
+from tests.serving import Place, write_place
+from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.deployment.builds import save_build
+from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.models.checkpoint import digest_draft
+from tide_pipeline.serve import agent as agent_module
+from tide_pipeline.serve.agent import DraftAgent
+from tide_pipeline.serve.tally import TallySink
+
+
+class Replica:
+    """Engine, recorder and agent, without Triton."""
+
+    def __init__(self, place: Place, name: str = "replica-0") -> None:
+        config = place.config
+        self.recorder = Recorder(config.capture, config.target, config.state.lake, name)
+        tally = TallySink(self.recorder)
+        self.engine = EmbeddedEngine(config.engine_dir / "target", place.spec, config.serve, config.speculation, tally)
+        self.agent = DraftAgent(self.engine, self.recorder, tally, config, name)
+
+    def versions(self) -> dict[str, str]:
+        return self.engine.stats().drafts
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return write_place(tmp_path)
+
+
+@pytest.fixture
+def replica(place: Place) -> Replica:
+    return Replica(place)
+
+
+def test_serves_without_a_record(replica: Replica) -> None:
+    assert not replica.agent.poll()
+    assert replica.versions() == {} and replica.agent.error == ""
+
+
+def test_swaps_to_what_the_record_says(place: Place, replica: Replica) -> None:
+    first, second = place.build("v1"), place.build("v2", seed=1)
+    place.deploy({"*": first.build_id})
+    assert replica.agent.poll() and replica.versions() == {"*": "v1"}
+    assert not replica.agent.poll()
+    place.deploy({"*": first.build_id, "de": second.build_id})
+    assert replica.agent.poll() and replica.versions() == {"*": "v1", "de": "v2"}
+    generate(replica.engine, ask("a", "hello", workload="de", speculation="3", max_tokens=12))
+    replica.agent.publish()
+    seen = read_observed(place.config.state.observed, "tiny")["replica-0"]
+    assert (seen.deployment, seen.drafts, seen.error) == (2, {"*": first.build_id, "de": second.build_id}, "")
+    assert seen.draft_digests["de"] == second.draft_digest and seen.acceptance_length >= 1.0
+
+
+def test_a_canary_replica_serves_its_own_group(place: Place, replica: Replica) -> None:
+    first, second = place.build("v1"), place.build("v2", seed=1)
+    place.deploy({}, groups={"rest": {"*": first.build_id}, "canary": {"*": second.build_id}}, canary_replicas=("replica-1",), stage="canary")
+    other = Replica(place, "replica-1")
+    replica.agent.poll(), other.agent.poll()
+    assert (replica.versions(), other.versions()) == ({"*": "v1"}, {"*": "v2"})
+
+
+def poisoned(build: EngineBuild) -> None:
+    """NaN in the weights, digests in order."""
+    folder = Path(build.path) / "draft"
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    save_build(EngineBuild(**{**{f: getattr(build, f) for f in build.__slots__}, "draft_digest": digest_draft(folder)}))
+
+
+def altered(build: EngineBuild) -> None:
+    """One byte changed, recorded digest kept."""
+    path = Path(build.path) / "draft" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+
+def missing(build: EngineBuild) -> None:
+    (Path(build.path) / "build.json").unlink()
+
+
+@pytest.mark.parametrize(("harm", "says"), [(poisoned, "NaN"), (altered, "altered"), (missing, "missing or incomplete")])
+def test_a_bad_build_changes_nothing_but_the_report(place: Place, replica: Replica, harm: object, says: str) -> None:
+    good, bad = place.build("v1"), place.build("v2", seed=1)
+    place.deploy({"*": good.build_id})
+    replica.agent.poll()
+    harm(bad)  # type: ignore[operator]
+    place.deploy({"*": bad.build_id})
+    assert not replica.agent.poll()
+    assert replica.versions() == {"*": "v1"} and says in replica.agent.error
+    report = replica.agent.report()
+    assert report.deployment == 1 and report.drafts == {"*": good.build_id} and says in report.error
+    place.deploy({"*": good.build_id})                      # rolled back: no pause, and the error is gone
+    replica.agent.poll()
+    assert replica.agent.error == "" and replica.agent.report().deployment == 3
+
+
+def test_a_build_that_arrives_late_is_served_after_a_pause(place: Place, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = place.build("v1")
+    hidden = Path(build.path).with_name("hidden")
+    Path(build.path).rename(hidden)
+    place.deploy({"*": build.build_id})
+    assert not replica.agent.poll() and replica.agent.error
+    hidden.rename(build.path)
+    assert not replica.agent.poll(), "it is not tried again at once"
+    monkeypatch.setattr(agent_module.time, "monotonic", lambda: 1e12)
+    assert replica.agent.poll() and replica.agent.error == ""
+
+
+def test_an_unreadable_record_keeps_what_is_served(place: Place, replica: Replica) -> None:
+    build = place.build("v1")
+    place.deploy({"*": build.build_id})
+    replica.agent.poll()
+    broken = place.record.folder / "000002.json"
+    broken.write_text("{")
+    assert not replica.agent.poll()
+    assert replica.versions() == {"*": "v1"} and "can't be read" in replica.agent.error
+    broken.unlink()
+    replica.agent.poll()
+    assert replica.agent.error == ""
+
+
+def test_the_thread_polls_and_reports(place: Place, replica: Replica) -> None:
+    build = place.build("v1")
+    place.deploy({"*": build.build_id})
+    replica.agent.start()
+    for _ in range(100):
+        if (seen := read_observed(place.config.state.observed, "tiny").get("replica-0")) and seen.deployment == 1:
+            break
+        time.sleep(0.05)
+    replica.agent.close()
+    assert seen is not None and seen.drafts == {"*": build.build_id}

@@ -1,0 +1,144 @@
+"""Desk and answers over a real tiny engine; only the way back to the client is a stand-in."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ask, drain, tiny_engine, tiny_spec
+from tide_pipeline.contracts import EngineBuild, StepKind
+from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine.protocol import NullSink
+from tide_pipeline.errors import EngineClosed, InvalidRequest
+from tide_pipeline.serve.answer import ErrorKind
+from tide_pipeline.serve.desk import Desk
+from tide_pipeline.serve.request import Asked
+from tide_pipeline.serve.tally import Recent, TallySink
+
+
+class HeardReply:
+    """A client that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, str]] = []
+        self.error: tuple[ErrorKind, str] | None = None
+        self.is_ended = self.is_gone = False
+
+    def send(self, outputs: dict[str, str], *, is_last: bool) -> None:
+        assert not self.is_ended
+        self.heard.append(outputs)
+        self.is_ended = is_last
+
+    def fail(self, kind: ErrorKind, message: str) -> None:
+        assert not self.is_ended
+        self.error, self.is_ended = (kind, message), True
+
+    def is_cancelled(self) -> bool:
+        return self.is_gone
+
+
+def asked(request_id: str, *, streaming: bool = False, echo: bool = False, speculation: str = "auto", **sampling: Any) -> Asked:
+    return Asked(ask(request_id, "hello world", speculation=speculation, **sampling), streaming, echo, True, True, False)
+
+
+class Counter:
+    """An engine behind a desk, stepped by hand."""
+
+    def __init__(self, target_dir: Path, build: EngineBuild | None = None, places: int = 2) -> None:
+        self.desk = Desk(places)
+        self.tally = TallySink(NullSink(), self.desk.admitted)
+        self.engine: EmbeddedEngine = tiny_engine(target_dir, spec=tiny_spec(), drafts=build, sink=self.tally)
+
+    def take(self, what: Asked) -> HeardReply:
+        reply = HeardReply()
+        self.desk.take(self.engine, what, reply)
+        return reply
+
+
+def test_one_response_unless_streaming(tiny_dir: Path, tiny_build: EngineBuild) -> None:
+    counter = Counter(tiny_dir, tiny_build)
+    single = counter.take(asked("a", max_tokens=12, ignore_eos=True))
+    streamed = counter.take(asked("b", streaming=True, max_tokens=12, ignore_eos=True))
+    drain(counter.engine)
+    assert len(single.heard) == 1 and len(streamed.heard) > 1
+    assert single.heard[0]["text_output"] == streamed.heard[-1]["text_output"]
+    assert single.heard[0]["num_output_tokens"] == "12" and single.heard[0]["draft_version"] == "v1"
+    so_far = [event["text_output"] for event in streamed.heard]
+    assert all(later.startswith(earlier) for earlier, later in zip(so_far, so_far[1:], strict=False))
+    assert "num_output_tokens" not in streamed.heard[0]
+
+
+def test_prompt_is_echoed_only_in_a_single_response(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir)
+    single = counter.take(asked("a", echo=True, max_tokens=3))
+    streamed = counter.take(asked("b", echo=True, streaming=True, max_tokens=3))
+    drain(counter.engine)
+    assert single.heard[0]["text_output"] == "hello world" + streamed.heard[-1]["text_output"]
+
+
+def test_a_client_that_left_frees_its_slot(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir)
+    stays, leaves = counter.take(asked("a", streaming=True, max_tokens=40)), counter.take(asked("b", streaming=True, max_tokens=40))
+    for _ in range(4):
+        counter.engine.step()
+    assert counter.engine.stats().running == 2
+    leaves.is_gone = True
+    assert counter.desk.sweep() == 1
+    counter.engine.step()
+    assert counter.engine.stats().running == 1 and leaves.error is not None and leaves.error[0] is ErrorKind.CANCELLED
+    drain(counter.engine)
+    assert stays.is_ended and stays.error is None
+    assert counter.desk.sweep() == 0
+
+
+def test_cancel_by_id(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir)
+    reply = counter.take(asked("a", max_tokens=40))
+    assert counter.desk.cancel("a") and not counter.desk.cancel("z")
+    drain(counter.engine)
+    assert reply.error == (ErrorKind.CANCELLED, "the request was cancelled")
+
+
+def test_take_blocks_until_the_engine_has_room(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir, places=1)
+    counter.take(asked("a", max_tokens=4))
+    second = threading.Thread(target=counter.take, args=(asked("b", max_tokens=4),))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and counter.engine.stats().waiting == 1
+    counter.engine.step()                                  # "a" leaves the queue
+    second.join(5)
+    assert not second.is_alive() and counter.engine.stats().waiting == 1
+
+
+def test_a_refused_request_leaves_its_place(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir, places=1)
+    for _ in range(3):
+        with pytest.raises(InvalidRequest):
+            counter.take(asked("a", max_tokens=0))
+    counter.take(asked("a", max_tokens=2))
+
+
+def test_closing_tells_clients_to_go_elsewhere(tiny_dir: Path) -> None:
+    counter = Counter(tiny_dir)
+    reply = counter.take(asked("a", max_tokens=4))
+    counter.desk.close()
+    with pytest.raises(EngineClosed):
+        counter.take(asked("b"))
+    counter.engine.close()
+    assert reply.error is not None and reply.error[0] is ErrorKind.UNAVAILABLE
+
+
+def test_tally_agrees_with_the_engine(tiny_dir: Path, tiny_build: EngineBuild) -> None:
+    counter = Counter(tiny_dir, tiny_build)
+    recent = Recent(counter.tally, 10.0, now=0.0)
+    counter.take(asked("a", speculation="3", max_tokens=20, ignore_eos=True))
+    drain(counter.engine)
+    stats, (counts, seconds) = counter.engine.stats(), recent.take(2.0)
+    assert seconds == 2.0 and counts["v1"].verify_steps == stats.verify_steps and counts["v1"].accepted == stats.accepted_tokens
+    assert counts["v1"].emitted == stats.tokens_out - 1                         # the prefill's token is no step's gain
+    assert counts["v1"].acceptance_length == 1 + stats.accepted_tokens / stats.verify_steps
+    assert StepKind.PREFILL not in counts

@@ -1,0 +1,57 @@
+"""How the trainer is started: its settings, its command line, the devices it sees, and what a bad exit means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+import dagster as dg
+from dagster._core.errors import DagsterPipesExecutionError  # not exported in 1.13
+
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.defs.adaptation import Adaptation
+from tide_pipeline.errors import SettingsError
+from tide_pipeline.recipes import freeze
+
+__all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "training_command", "training_environment"]
+
+STOPPED = 130                              # exit code of a trainer that was told to stop and left a checkpoint
+
+
+def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> list[str]:
+    """The same line by hand trains the same draft."""
+    asked = adaptation.request()
+    command = [sys.executable, "-m", "tide_pipeline.training", "--workload", asked.workload, "--out", str(adaptation.draft)]
+    if champion is not None:
+        command += ["--champion", f"{champion.path}/draft", "--parent", champion.draft_version]
+    if asked.focus_since > 0:
+        command += ["--focus-since", str(asked.focus_since)]
+    return command
+
+
+def training_environment(config: TideConfig, adaptation: Adaptation, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Settings frozen beside the draft, and a process that sees its own device only, as number 0."""
+    device = config.training.device
+    on_gpu = device.startswith("cuda")
+    file = adaptation.folder / "settings.toml"
+    freeze(override(config, {"training": {"device": "cuda"}}) if on_gpu else config, file)
+    return {"TIDE_CONFIG": str(file), "CUDA_VISIBLE_DEVICES": _visible(device, environment) if on_gpu else ""}
+
+
+def after_a_failed_training(error: DagsterPipesExecutionError) -> Exception:
+    """A trainer that was killed goes on from its snapshot, once; one that gave a reason would give it again."""
+    code = int(str(error).rsplit(" ", 1)[-1])
+    if code < 0 or code == STOPPED:
+        return dg.RetryRequested(max_retries=1, seconds_to_wait=1.0)
+    return dg.Failure(f"training failed with exit code {code}: the reason is at the end of this step's stderr", allow_retries=False)
+
+
+def _visible(device: str, environment: Mapping[str, str]) -> str:
+    """"cuda:1" is the second of the devices that we see ourselves."""
+    index = int(device.partition(":")[2] or 0)
+    ours = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if ours and index >= len(ours):
+        raise SettingsError(f"training.device is {device!r}, but CUDA_VISIBLE_DEVICES shows {len(ours)}: cuda:{len(ours) - 1} is the last")
+    return ours[index] if ours else str(index)

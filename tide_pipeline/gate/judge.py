@@ -1,0 +1,116 @@
+"""Numbers in, verdict out. Pure: knows no files, no engine and no clock.
+
+    offline       acceptance on held-out requests of the drifted workload rises, and no other workload loses
+    benchmark     the challenger is not slower than the champion (or, without one, than no speculation)
+    equivalence   greedy output is the target's own
+A number that is missing or NaN opens no door.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tide_pipeline.config import GateSettings
+from tide_pipeline.contracts import BenchmarkReport, GateVerdict, PairedAcceptance
+
+DOORS = ("offline", "benchmark", "equivalence")
+Door = dict[str, Any]
+
+Z_95 = 1.96
+
+
+def judge(*, paired: PairedAcceptance, champion: BenchmarkReport | None, challenger: BenchmarkReport, settings: GateSettings,
+          challenger_digest: str, workload: str = "") -> GateVerdict:
+    """`workload` is the drifted one; it is judged by `paired` itself, every other entry of `paired.by_workload` against its loss."""
+    doors = {"offline": offline_door(paired, settings, workload), "benchmark": benchmark_door(champion, challenger, settings),
+             "equivalence": equivalence_door(challenger)}
+    return GateVerdict(passed=all(door["passed"] for door in doors.values()), doors=doors,
+                       champion=champion.draft_version if champion else "", challenger=challenger.draft_version,
+                       challenger_digest=challenger_digest)
+
+
+def offline_door(paired: PairedAcceptance, settings: GateSettings, workload: str) -> Door:
+    """The lower end of the gain's interval must reach `min_gain`; a workload with too few requests to judge is only named."""
+    judged, unjudged = {}, []
+    for name, found in paired.by_workload.items():
+        if name == workload:
+            continue
+        if found.get("requests", 0.0) >= settings.min_requests:
+            judged[name] = found.get("gain", math.nan)
+        else:
+            unjudged.append(name)
+    losers = {name: gain for name, gain in judged.items() if not gain >= -settings.max_workload_loss}
+    enough, gained = paired.requests >= settings.min_requests, paired.gain_low >= settings.min_gain
+    door = {"passed": enough and gained and not losers, "reason": "", **_numbers(paired), "min_gain": settings.min_gain,
+            "worst_other_gain": min(judged.values(), default=0.0), "unjudged_workloads": unjudged}
+    focus = paired.by_workload.get(workload, {})
+    door |= {key: focus[key] for key in ("champion_first_position", "challenger_first_position") if key in focus}
+    if not enough:
+        door["reason"] = f"{paired.requests} held-out requests, at least {settings.min_requests} are needed: capture more traffic"
+    elif losers:
+        lost = ", ".join(f"{name} {gain:+.2f}" for name, gain in losers.items())
+        door["reason"] = f"acceptance length falls on other workloads by more than {settings.max_workload_loss:.2f}: {lost}"
+    else:
+        door["reason"] = (f"acceptance length {paired.champion:.2f} to {paired.challenger:.2f}, gain {paired.gain:+.2f} "
+                          f"[{paired.gain_low:+.2f}, {paired.gain_high:+.2f}] over {paired.requests} requests, "
+                          f"{'at least' if gained else 'its lower end is below'} {settings.min_gain:.2f}")
+    return door
+
+
+def benchmark_door(champion: BenchmarkReport | None, challenger: BenchmarkReport, settings: GateSettings) -> Door:
+    """Both were timed against plain decoding, prompt by prompt, so their speed-ups are compared rather than raw tokens/s.
+
+    On a shared machine timings scatter: only a challenger whose whole interval lies below `min_speedup_ratio` is refused.
+    """
+    ratio, low, high = speed_ratio(champion, challenger)
+    needed = max(1, settings.bench_prompts // 2)
+    enough = challenger.prompts >= needed
+    fast = math.isfinite(low) and high >= settings.min_speedup_ratio
+    against = "champion" if champion else "no speculation"
+    baseline = champion.tokens_per_s if champion else challenger.plain_tokens_per_s
+    if not enough:
+        reason = f"{challenger.prompts} prompts were timed, at least {needed} are needed: capture more traffic"
+    else:
+        reason = (f"{challenger.tokens_per_s:.0f} tokens/s against {baseline:.0f} with {against}, ratio {ratio:.2f} "
+                  f"[{low:.2f}, {high:.2f}], {'not below' if fast else 'below'} {settings.min_speedup_ratio:.2f}")
+    return {"passed": bool(enough and fast), "reason": reason, "against": against, "ratio": ratio, "ratio_low": low, "ratio_high": high,
+            "champion_tokens_per_s": baseline, "challenger_tokens_per_s": challenger.tokens_per_s,
+            "plain_tokens_per_s": challenger.plain_tokens_per_s, "champion_speedup": champion.speedup if champion else 1.0,
+            "challenger_speedup": challenger.speedup, "prompts": challenger.prompts}
+
+
+def equivalence_door(challenger: BenchmarkReport) -> Door:
+    """Every compared token is the argmax of a plain pass, or tied with it."""
+    compared, wrong = challenger.compared_tokens, challenger.mismatches
+    if compared <= 0:
+        reason = "no greedy output was compared with plain decoding: run the benchmark at temperature 0"
+    else:
+        reason = f"{wrong} of {compared} greedy tokens differ from plain decoding, {challenger.ties} ties"
+    return {"passed": compared > 0 and wrong == 0, "reason": reason, "compared_tokens": compared, "ties": challenger.ties,
+            "mismatches": wrong}
+
+
+def speed_ratio(champion: BenchmarkReport | None, challenger: BenchmarkReport) -> tuple[float, float, float]:
+    """Challenger's speed-up over the champion's with its 95 % interval; independent errors, added on the log scale."""
+    (a, a_sd), (b, b_sd) = (_log_speedup(report) for report in (champion, challenger))
+    ratio, width = b - a, Z_95 * math.hypot(a_sd, b_sd)
+    return _exp(ratio), _exp(ratio - width), _exp(ratio + width)
+
+
+def _log_speedup(report: BenchmarkReport | None) -> tuple[float, float]:
+    """Logarithm and its standard deviation; NaN for a figure that can't be one."""
+    if report is None:
+        return 0.0, 0.0
+    if not 0.0 < report.speedup_low <= report.speedup <= report.speedup_high < math.inf:
+        return math.nan, math.nan
+    return math.log(report.speedup), (math.log(report.speedup_high) - math.log(report.speedup_low)) / (2 * Z_95)
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0)) if math.isfinite(value) else math.nan
+
+
+def _numbers(paired: PairedAcceptance) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(paired).items() if key != "by_workload"}

@@ -1,0 +1,138 @@
+"""Put a challenger before the gate: measure, judge, keep the report. Knows the lake and the engine; the verdict is judge.py's.
+
+Only held-out requests are used: their captured windows for acceptance, their prompts for the benchmark. The report holds
+numbers and digests, no prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.contracts import BenchmarkReport, EngineBuild, GateVerdict, PairedAcceptance, from_dict
+from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.errors import GateNotPassed, NotEnoughSignals
+from tide_pipeline.gate.bench import benchmark_builds, summarise
+from tide_pipeline.gate.judge import judge
+from tide_pipeline.gate.offline import held_out_states, paired_acceptance
+from tide_pipeline.models.checkpoint import load_draft
+from tide_pipeline.models.eagle3 import Eagle3Draft
+from tide_pipeline.provenance import write_json
+from tide_pipeline.training.target_head import TargetHead
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+Report = Callable[[str, float], None]      # stage ("acceptance", "benchmark", "done") and its share, 0 .. 1
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """A verdict and the measurements behind it."""
+
+    verdict: GateVerdict
+    paired: PairedAcceptance
+    champion_bench: BenchmarkReport | None
+    challenger_bench: BenchmarkReport
+    workload: str
+    build_id: str
+
+
+def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild | None, *, workload: str,
+             progress: Report = lambda stage, share: None) -> GateReport:
+    """Judge `challenger` against `champion` (None: against no speculation) and save the report, whatever the verdict.
+
+    Raises:
+        NotEnoughSignals: no held-out requests of the workload to judge on.
+        CheckpointError, EngineMismatch, BuildError: a draft can't be loaded on this engine.
+    """
+    torch.set_num_threads(config.serve.threads)
+    spec = load_engine_spec(config.engine_dir)
+    progress("acceptance", 0.0)
+    head, states = held_out_states(config, workload)
+    paired = _offline(config, head, states, challenger, champion, workload)
+    prompts = bench_prompts(config, spec, states, workload)
+    builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})
+    bench = benchmark_builds(config.engine_dir / spec.model, spec, builds, prompts, config.gate, config.speculation,
+                             dataclasses.replace(config.serve, max_batch=1),
+                             progress=lambda done, total: progress("benchmark", done / total))
+    reports = {tag: summarise(bench, tag, build) for tag, build in builds.items()}
+    verdict = judge(paired=paired, champion=reports.get(CHAMPION), challenger=reports[CHALLENGER], settings=config.gate,
+                    challenger_digest=challenger.draft_digest, workload=workload)
+    report = GateReport(verdict, paired, reports.get(CHAMPION), reports[CHALLENGER], workload, challenger.build_id)
+    write_json(report_file(config, challenger.build_id), dataclasses.asdict(report))
+    progress("done", 1.0)
+    return report
+
+
+def load_report(config: TideConfig, build_id: str) -> GateReport:
+    """Raises GateNotPassed when the build never came before the gate."""
+    file = report_file(config, build_id)
+    try:
+        found = json.loads(file.read_text())
+        bench = found["champion_bench"]
+        return GateReport(from_dict(GateVerdict, found["verdict"]), from_dict(PairedAcceptance, found["paired"]),
+                          from_dict(BenchmarkReport, bench) if bench else None, from_dict(BenchmarkReport, found["challenger_bench"]),
+                          found["workload"], found["build_id"])
+    except FileNotFoundError as error:
+        raise GateNotPassed(f"build {build_id} has no gate report: run `tide gate` first") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise GateNotPassed(f"{file} can't be read ({error}): run `tide gate` again") from error
+
+
+def load_verdict(config: TideConfig, build_id: str) -> GateVerdict:
+    """The last verdict on a build. Raises GateNotPassed when there is none."""
+    return load_report(config, build_id).verdict
+
+
+def report_file(config: TideConfig, build_id: str) -> Path:
+    return config.state.reports / "gate" / f"{build_id}.json"
+
+
+def bench_prompts(config: TideConfig, spec: EngineSpec, states: Sequence[WindowStates], workload: str) -> list[str]:
+    """Prompts of held-out requests of the workload, newest first, one per request, that leave room for the output.
+
+    Raises:
+        NotEnoughSignals: not a single one.
+    """
+    codec = TextCodec(config.engine_dir / spec.model)
+    room = spec.max_context - config.gate.bench_tokens
+    wanted = max(config.gate.bench_prompts, config.gate.equivalence_prompts)
+    prompts: dict[str, str] = {}
+    for state in sorted(states, key=lambda s: s.window.closed_at, reverse=True):
+        window = state.window
+        if window.workload != workload or window.start_pos or not 0 < window.num_prompt_tokens <= min(window.num_rows, room):
+            continue
+        text = codec.decode(state.token_ids[: window.num_prompt_tokens].tolist())
+        if text and len(codec.encode(text)) <= room:
+            prompts.setdefault(window.request_id, text)
+    if not prompts:
+        raise NotEnoughSignals(f"no held-out request of workload {workload!r} was captured from its first token with a prompt of at most "
+                               f"{room} tokens: capture more of it before judging a draft")
+    return list(prompts.values())[:wanted]
+
+
+def _offline(config: TideConfig, head: TargetHead, states: Sequence[WindowStates], challenger: EngineBuild, champion: EngineBuild | None,
+             workload: str) -> PairedAcceptance:
+    new = _load(head, challenger)
+    old = _load(head, champion) if champion else _silent(new)
+    return paired_acceptance(old, new, head.embedding_VD, states, config.gate, workload)
+
+
+def _load(head: TargetHead, build: EngineBuild) -> Eagle3Draft:
+    return load_draft(Path(build.path) / "draft", head.shape, head.identity)
+
+
+def _silent(draft: Eagle3Draft) -> Eagle3Draft:
+    """No champion: a draft that proposes its first token for ever, which is as good as none."""
+    silent = copy.deepcopy(draft)
+    with torch.no_grad():
+        silent.lm_head.weight.zero_()
+    return silent

@@ -1,0 +1,125 @@
+"""The draft agent: makes one engine serve what the deployment record says, and reports what it serves. Knows no Triton and no MLflow.
+
+Replicas pull: nothing can push a draft into this process. A build that is missing, altered or malformed changes nothing but the
+report's `error`; it is tried again after a pause, and at once when the record moves on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+import torch
+
+from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import Deployment, EngineBuild, ObservedState
+from tide_pipeline.deployment.builds import load_build
+from tide_pipeline.deployment.record import DeploymentRecord, write_observed
+from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.serve.tally import Counts, Recent, TallySink
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0                      # after a build that could not be served
+RECENT_S = 10.0                    # reported acceptance and throughput look back this far
+
+
+class DraftAgent:
+    """`poll()` once before readiness, then `start()`. Only one thread polls at a time."""
+
+    def __init__(self, engine: EmbeddedEngine, recorder: Recorder, tally: TallySink, config: TideConfig, replica: str) -> None:
+        self._engine, self._recorder, self._config, self.replica = engine, recorder, config, replica
+        self._record = DeploymentRecord(config.state.deployments, config.target)
+        self._applied = 0                          # number of the deployment being served
+        self._serving: dict[str, EngineBuild] = {}
+        self._failed, self._retry_at = 0, 0.0      # number of the deployment that could not be served
+        self.error = ""
+        self._recent = Recent(tally, RECENT_S, time.monotonic())
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def serving(self) -> dict[str, EngineBuild]:
+        """Workload tag -> build."""
+        return dict(self._serving)
+
+    @property
+    def applied(self) -> int:
+        """Number of the deployment record being served; 0 before the first."""
+        return self._applied
+
+    def poll(self) -> bool:
+        """Compare the record with what is served and swap if they differ; True when drafts were swapped. Never raises."""
+        try:
+            desired = self._record.latest()
+        except Exception as error:                 # shared storage away, or a record that can't be read
+            self._note(f"the deployment record can't be read ({type(error).__name__}: {error})")
+            return False
+        if desired is None or desired.n == self._applied:
+            self.error = ""
+            return False
+        if desired.n == self._failed and time.monotonic() < self._retry_at:
+            return False
+        try:
+            swapped = self._apply(desired)
+        except Exception as error:                 # whatever a build brings, serving goes on with what it has
+            self._failed, self._retry_at = desired.n, time.monotonic() + RETRY_S
+            self._note(f"deployment {desired.n} is not served ({type(error).__name__}: {error})")
+            return False
+        self._applied, self.error = desired.n, ""
+        return swapped
+
+    def report(self) -> ObservedState:
+        """What this replica serves, with acceptance and throughput of the last seconds."""
+        recent, seconds = self._recent.take(time.monotonic())
+        versions = {build.draft_version for build in self._serving.values()}
+        drafted = sum((counts for version, counts in recent.items() if version in versions), Counts())
+        return ObservedState(
+            self.replica, self._config.target, self._applied, {tag: b.build_id for tag, b in self._serving.items()},
+            {tag: b.draft_digest for tag, b in self._serving.items()}, drafted.acceptance_length,
+            sum(counts.emitted for counts in recent.values()) / seconds, self.error, time.time(), os.getpid())
+
+    def publish(self) -> None:
+        """Write the report beside the record. Never raises: a full disk must not stop serving."""
+        try:
+            write_observed(self._config.state.observed, self.report())
+        except OSError as error:
+            self._note(f"observed state can't be written: {error}")
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="tide-draft-agent", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _apply(self, desired: Deployment) -> bool:
+        wanted = desired.drafts_for(self.replica)
+        builds = {tag: load_build(self._config.state.builds, self._config.target, build_id) for tag, build_id in wanted.items()}
+        if {tag: b.build_id for tag, b in builds.items()} == {tag: b.build_id for tag, b in self._serving.items()}:
+            return False
+        self._engine.set_drafts(builds)
+        self._serving = builds
+        self._recorder.on_drafts_changed()
+        log.info("deployment %d: now serving %s", desired.n, {tag: b.draft_version for tag, b in builds.items()})
+        return True
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._config.serve.threads)
+        settings, due = self._config.serve, 0.0
+        while not self._stop.is_set():
+            swapped = self.poll()
+            if swapped or time.monotonic() >= due:
+                self.publish()
+                due = time.monotonic() + settings.report_s
+            self._stop.wait(settings.agent_poll_s)
+
+    def _note(self, error: str) -> None:
+        if error != self.error:                    # a log is not filled by what a retry repeats
+            log.warning("%s", error)
+        self.error = error

@@ -1,0 +1,120 @@
+"""The engine's figures as series of Triton's own metrics endpoint. Knows names and kinds; `pb_utils` is handed in. No prompt text.
+
+Counters end in _total and run since start; rates and lengths are of the last RECENT_S. All carry target and replica.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.engine.protocol import Engine, EngineStats
+from tide_pipeline.serve.agent import RECENT_S, DraftAgent
+from tide_pipeline.serve.tally import Counts, Recent, TallySink
+
+COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "tide_requests_finished_total": ("Requests that ended, however they did", lambda s: s.requests_finished),
+    "tide_requests_failed_total": ("Requests that the engine failed", lambda s: s.requests_failed),
+    "tide_tokens_out_total": ("Output tokens", lambda s: s.tokens_out),
+    "tide_prompt_tokens_total": ("Prompt tokens", lambda s: s.prompt_tokens),
+    "tide_target_steps_total": ("Decode and verification steps, per request", lambda s: s.target_steps),
+    "tide_verify_steps_total": ("Verification steps, per request", lambda s: s.verify_steps),
+    "tide_drafted_tokens_total": ("Draft tokens verified", lambda s: s.drafted_tokens),
+    "tide_accepted_tokens_total": ("Draft tokens accepted", lambda s: s.accepted_tokens),
+    "tide_speculation_on_seconds_total": ("Time in steps that drafted", lambda s: s.speculation_on_s),
+    "tide_speculation_off_seconds_total": ("Time in steps that did not", lambda s: s.speculation_off_s),
+    "tide_probe_seconds_total": ("Time spent on probes of switched-off drafts", lambda s: s.probe_s),
+    "tide_sink_errors_total": ("Failures of the capture sink", lambda s: s.sink_errors),
+}
+GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "tide_running_requests": ("Requests in the batch", lambda s: s.running),
+    "tide_waiting_requests": ("Requests in the engine's queue (Triton's own is nv_inference_pending_request_count)", lambda s: s.waiting),
+    "tide_kv_tokens_used": ("Positions held in the target's KV cache", lambda s: s.kv_tokens_used),
+    "tide_kv_tokens_capacity": ("Positions that fit", lambda s: s.kv_tokens_total),
+}
+CAPTURE_COUNTERS = {
+    "tide_captured_tokens_total": ("Token rows collected", "captured_tokens"),
+    "tide_dropped_tokens_total": ("Token rows dropped because the writer could not keep up", "dropped_tokens"),
+    "tide_dropped_acceptance_rows_total": ("Acceptance rows dropped", "dropped_acceptance_rows"),
+    "tide_written_bytes_total": ("Bytes written to the lake", "written_bytes"),
+    "tide_write_errors_total": ("Shards that could not be written", "write_errors"),
+    "tide_recorder_errors_total": ("Requests whose collection failed", "recorder_errors"),
+}
+
+
+class Series:
+    """One metric family, made when its first value is known; a counter takes running totals."""
+
+    def __init__(self, pb_utils: Any, name: str, description: str, labels: Mapping[str, str]) -> None:
+        self._labels = dict(labels)
+        family = pb_utils.MetricFamily
+        self._is_counter = name.endswith("_total")
+        self._family = family(name=name, description=description, kind=family.COUNTER if self._is_counter else family.GAUGE)
+        self._members: dict[tuple[tuple[str, str], ...], tuple[Any, float]] = {}
+
+    def put(self, value: float, **labels: str) -> None:
+        key = tuple(sorted(labels.items()))
+        metric, before = self._members.get(key) or (self._family.Metric(labels={**self._labels, **labels}), 0.0)
+        if self._is_counter:
+            metric.increment(max(0.0, value - before))
+        else:
+            metric.set(value)
+        self._members[key] = (metric, value)
+
+    def clear_others(self, label: str, values: set[str]) -> None:
+        """0 for the members with other values of a label: a draft that is no longer served must not look alive. Triton keeps the series."""
+        for key, (metric, value) in self._members.items():
+            if value and dict(key)[label] not in values:
+                metric.set(0)
+                self._members[key] = (metric, 0.0)
+
+
+class MetricsPublisher:
+    """`publish()` once a second, from one thread."""
+
+    def __init__(self, pb_utils: Any, engine: Engine, recorder: Recorder, tally: TallySink, agent: DraftAgent, target: str) -> None:
+        self._engine, self._recorder, self._agent = engine, recorder, agent
+        self._recent = Recent(tally, RECENT_S, time.monotonic())
+        labels = {"target": target, "replica": agent.replica}
+
+        def series(name: str, description: str) -> Series:
+            return Series(pb_utils, name, description, labels)
+
+        self._engine_series = [(series(n, text), read) for n, (text, read) in (COUNTERS | GAUGES).items()]
+        self._capture_series = [(series(n, text), key) for n, (text, key) in CAPTURE_COUNTERS.items()]
+        self._depth_steps = series("tide_draft_length_steps_total", "Engine steps by draft length")
+        self._collecting = series("tide_collecting_workloads", "Workloads whose states are being collected")
+        self._acceptance_length = series("tide_acceptance_length", "Tokens per verification step, bonus token included")
+        self._first_position = series("tide_first_position_rate", "Share of first draft tokens accepted")
+        self._tokens_per_s = series("tide_tokens_per_s", "Output tokens per second after the first of each request")
+        self._draft_info = series("tide_draft_info", "1 for each draft being served, by workload tag")
+        self._deployment = series("tide_deployment", "Number of the deployment record being served")
+        self._agent_error = series("tide_draft_agent_error", "1 while the draft agent can't do what the record says")
+
+    def publish(self) -> None:
+        stats, captured = self._engine.stats(), self._recorder.stats()
+        for series, read in self._engine_series:
+            series.put(read(stats))
+        for series, key in self._capture_series:
+            series.put(float(captured[key]))
+        for length, steps in stats.draft_length_steps.items():
+            self._depth_steps.put(steps, draft_length=str(length))
+        self._collecting.put(sum(bool(on) for name, on in captured.items() if name.startswith("collecting.")))
+        self._publish_drafts(stats)
+
+    def _publish_drafts(self, stats: EngineStats) -> None:
+        recent, seconds = self._recent.take(time.monotonic())
+        self._tokens_per_s.put(sum(counts.emitted for counts in recent.values()) / seconds)
+        served = set(stats.drafts.values())
+        for version in served:
+            counts = recent.get(version, Counts())
+            self._acceptance_length.put(counts.acceptance_length, draft_version=version)
+            self._first_position.put(counts.first_position_rate, draft_version=version)
+        for tag, version in stats.drafts.items():
+            self._draft_info.put(1, workload=tag, draft_version=version)
+        for series in (self._acceptance_length, self._first_position, self._draft_info):
+            series.clear_others("draft_version", served)
+        self._deployment.put(self._agent.applied)
+        self._agent_error.put(1 if self._agent.error else 0)

@@ -1,0 +1,152 @@
+"""ReplicaSupervisor: parent of one tritonserver. Restarts it with back-off, stops it on SIGTERM, never leaves it behind.
+
+    python -m tide_pipeline.serve.supervisor --config FILE --state-file FILE [--replica NAME]
+
+Its state file (JSON, replaced whole) tells pids, addresses, restarts and what it is doing. Exit codes: 0 stopped, 2 could not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tide_pipeline.config import TideConfig, load_toml, override
+from tide_pipeline.errors import TideError
+from tide_pipeline.provenance import write_json
+from tide_pipeline.serve.triton import TritonReplica
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.5                # before a restart; doubles
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 30.0                   # after running this long a death counts as the first one again
+POLL_S = 0.2
+
+
+@dataclass
+class SupervisorState:
+    """What the state file says. `state`: starting, ready, restarting, failed or stopped."""
+
+    replica: str
+    model: str
+    state: str = "starting"
+    pid: int = 0                   # of the supervisor
+    triton_pid: int = 0
+    http_url: str = ""
+    grpc_url: str = ""             # host:port
+    metrics_url: str = ""
+    restarts: int = 0
+    error: str = ""                # of the last start or death
+    log: str = ""
+    at: float = 0.0
+
+
+class ReplicaSupervisor:
+    """Run it in the main thread: the server is killed with the thread that started it."""
+
+    def __init__(self, config: TideConfig, config_file: Path, state_file: Path, replica: str = "") -> None:
+        self._replica = TritonReplica(config, config_file, replica=replica)
+        self._config, self._state_file = config, state_file
+        self.state = SupervisorState(self._replica.replica, config.target, pid=os.getpid(), log=str(self._replica.log))
+        self._stop = threading.Event()
+        self._was_ready = False
+
+    def stop(self) -> None:
+        """May be called from a signal handler."""
+        self._stop.set()
+
+    def run(self) -> int:
+        """Until `stop`; the exit code."""
+        pause_s = FIRST_PAUSE_S
+        try:
+            while not self._stop.is_set():
+                began = time.monotonic()
+                if not self._serve() and not self._was_ready and not self._stop.is_set():
+                    self._tell("failed")
+                    return 2
+                if self._stop.is_set():
+                    break
+                pause_s = FIRST_PAUSE_S if time.monotonic() - began > HEALTHY_S else min(2 * pause_s, LONGEST_PAUSE_S)
+                self.state.restarts += 1
+                self._tell("restarting", f"{self.state.error}; again in {pause_s:g} s")
+                self._stop.wait(pause_s)
+            self._replica.stop()
+            self._tell("stopped")
+            return 0
+        finally:
+            self._replica.stop()
+
+    def _serve(self) -> bool:
+        """Start and watch one server until it ends or we are stopped. False when it did not get ready."""
+        try:
+            self._replica.start()
+            self._tell("starting")
+            ready = self._await_ready()
+        except TideError as error:
+            self.state.error = str(error)
+            log.error("%s", error)
+            self._replica.stop()
+            return False
+        if ready:
+            self._was_ready = True
+            self._tell("ready")
+            while self._replica.returncode() is None and not self._stop.wait(POLL_S):
+                pass
+        if not self._stop.is_set():
+            self.state.error = f"tritonserver ended with code {self._replica.returncode()}"
+            log.error("%s, see %s", self.state.error, self._replica.log)
+            self._replica.clean_up()
+        return ready
+
+    def _await_ready(self) -> bool:
+        """As `wait_ready`, but gives way to `stop`."""
+        gives_up = time.monotonic() + self._config.stack.start_timeout_s
+        while not self._stop.is_set():
+            if self._replica.is_ready():
+                return True
+            if self._replica.returncode() is not None or time.monotonic() > gives_up:
+                self._replica.wait_ready(0.0)          # raises, with what the log says
+            time.sleep(POLL_S / 2)
+        return False
+
+    def _tell(self, state: str, error: str | None = None) -> None:
+        self.state.state, self.state.at = state, time.time()
+        if error is not None:
+            self.state.error = error
+        if self._replica.ports is not None and state in ("starting", "ready"):
+            host, ports = self._config.stack.host, self._replica.ports
+            self.state.triton_pid = self._replica.pid
+            self.state.http_url, self.state.grpc_url = f"http://{host}:{ports.http}", f"{host}:{ports.grpc}"
+            self.state.metrics_url = f"http://{host}:{ports.metrics}/metrics"
+        write_json(self._state_file, asdict(self.state))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tide_pipeline.serve.supervisor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="settings, as recipes.freeze writes them")
+    parser.add_argument("--state-file", type=Path, required=True, help="where to tell pids, addresses and restarts (JSON)")
+    parser.add_argument("--replica", default="", help="name in the deployment record (default: serve.replica)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    try:
+        supervisor = ReplicaSupervisor(override(TideConfig(), load_toml(args.config)), args.config, args.state_file, args.replica)
+    except TideError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    code = supervisor.run()
+    if code:
+        sys.stderr.write(f"{supervisor.state.error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
