@@ -35,7 +35,7 @@ def acceptance_row(time: float, **changes: Any) -> AcceptanceRow:
 def traffic(rng: random.Random, begin: float, end: float, rate: float, *, requests_per_s: float = 4.0, steps: int = 30,
             spread: float = 0.08, drafted_share: float = 1.0, **changes: Any) -> Iterator[AcceptanceRow]:
     """Requests that end between two times, each with its own rate around `rate`; `drafted_share` of their steps drafted a token."""
-    count = int((end - begin) * requests_per_s)
+    count = round((end - begin) * requests_per_s)
     for i in range(count):
         own = min(1.0, max(0.0, rng.gauss(rate, spread)))
         drafted = sum(rng.random() < drafted_share for _ in range(steps))

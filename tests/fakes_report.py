@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ def demo_state(config: TideConfig, now: float) -> float:
     (Path(new.path) / "draft" / "provenance.json").write_text(json.dumps({"created_at": now - 105, "train_s": 75.0, "curve": curve}))
     deploy(config, {"*": old.build_id}, began - 50, reason="first deployment")
     deploy(config, {"*": new.build_id}, now - 92, reason="gate passed: acceptance length 1.55 to 2.69")
-    write_gate(config, new)
+    write_gate(config, new, now - 95)
     return began
 
 
-def write_gate(config: TideConfig, build: EngineBuild) -> None:
+def write_gate(config: TideConfig, build: EngineBuild, at: float) -> None:
     """A gate report with a passing verdict."""
     doors: dict[str, dict[str, Any]] = {
         "offline": {"passed": True, "reason": "acceptance length 1.55 to 2.69, gain +1.14 [+1.05, +1.22] over 31 requests, at least 0.05"},
@@ -48,9 +49,11 @@ def write_gate(config: TideConfig, build: EngineBuild) -> None:
         "equivalence": {"passed": True, "reason": "0 of 768 greedy tokens differ from plain decoding, 2 ties"}}
     verdict = GateVerdict(True, doors, OLD, build.draft_version, build.draft_digest)
     bench = BenchmarkReport(build.build_id, build.draft_version, 2.69, 402.0, 248.0, 1.61, 1.48, 1.74, 9.0, 8, 768, 2, 0)
-    write_json(config.state.reports / "gate" / f"{build.build_id}.json", {
+    file = config.state.reports / "gate" / f"{build.build_id}.json"
+    write_json(file, {
         "verdict": dataclasses.asdict(verdict), "paired": dataclasses.asdict(PairedAcceptance(1.55, 2.69, 1.14, 1.05, 1.22, 31, 6200)),
         "champion_bench": None, "challenger_bench": dataclasses.asdict(bench), "workload": "default", "build_id": build.build_id})
+    os.utime(file, (at, at))
 
 
 def phases() -> list[dict[str, Any]]:

@@ -120,3 +120,10 @@ def random_draft(shape: TargetShape, num_taps: int = 3, seed: int = 0, vocabular
     if vocabulary is not None:
         draft.set_vocabulary(vocabulary)
     return draft
+
+
+def made_up(request_id: str, rows: int, start_pos: int = 0) -> WindowStates:
+    """A window whose numbers tell where they come from; no target made it."""
+    base = start_pos + torch.arange(rows + 1)
+    window = SignalWindow("memory://", 0, request_id, "default", "de", "none", "none", start_pos, rows, 4, 0.0, 0.0)
+    return WindowStates(window, base * 7 % 61, base[:rows, None].repeat(1, 6).bfloat16(), base[:rows, None].repeat(1, 2).bfloat16())

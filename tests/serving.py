@@ -47,8 +47,9 @@ class Place:
     def deploy(self, drafts: Mapping[str, str], **fields: Any) -> Deployment:
         """Append the next record: workload tag -> build id."""
         latest = self.record.latest()
-        known: dict[str, Any] = {"groups": {"rest": dict(drafts)}, "canary_replicas": (), "stage": "stable", "who": "test", "reason": "test"}
-        return self.record.append(Deployment((latest.n if latest else 0) + 1, self.config.target, **(known | fields)))
+        known: dict[str, Any] = {"groups": {"rest": dict(drafts)}, "canary_replicas": (), "stage": "stable"}
+        n = (latest.n if latest else 0) + 1
+        return self.record.append(Deployment(n, self.config.target, who="test", reason="a test", **known | fields))
 
 
 def write_place(folder: Path, values: Mapping[str, Any] | None = None) -> Place:

@@ -144,7 +144,7 @@ class StackSettings:
     mlflow_port: int = 0
     dagster_port: int = 0
     dagster_code_port: int = 0         # of the code server that webserver, daemon and commands share
-    start_timeout_s: float = 90.0
+    start_timeout_s: float = 180.0     # a part that ended is noticed at once; this is for slow, busy machines
     sensor_interval_s: int = 2
 
 

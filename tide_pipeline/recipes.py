@@ -54,7 +54,12 @@ def freeze(config: TideConfig, path: Path) -> None:
     """Write the whole tree as TOML, so that child processes see exactly these settings."""
     from tide_pipeline.provenance import write_atomic
 
-    write_atomic(path, _toml(dataclasses.asdict(config)).encode())
+    write_atomic(path, to_toml(config).encode())
+
+
+def to_toml(config: TideConfig) -> str:
+    """The whole tree, as `load` reads it."""
+    return _toml(dataclasses.asdict(config))
 
 
 def _toml(tree: Mapping[str, Any], prefix: str = "") -> str:

@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::Warning:mlflow.*"), pytest.mar
               pytest.mark.filterwarnings("ignore::ResourceWarning"),
               pytest.mark.filterwarnings("ignore:Function `PipesMessageReader.expected_writer_count`")]     # Dagster warns about itself
 
-SHORT = {"training": {"time_budget_s": 0.0, "max_steps": 24, "eval_every_steps": 12, "learning_rate": 0.01, "min_requests": 4, "eval_share": 0.25, "nice": 0},
+SHORT = {"training": {"time_budget_s": 0.0, "max_steps": 24, "eval_every_steps": 12, "learning_rate": 0.01, "min_requests": 4,
+                      "eval_share": 0.25, "nice": 0},
          "gate": {"min_gain": -9.0, "max_workload_loss": 9.0, "min_speedup_ratio": 0.0, "min_requests": 2, "bootstrap": 50,
                   "bench_prompts": 2, "bench_tokens": 16, "equivalence_prompts": 2},
          "rollout": {"min_bake_steps": 30, "max_drop": 0.9}}
@@ -90,6 +91,12 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     assert draft.tags["workload"] == "code" and draft.tags["dagster_run_id"] == failed.run_id
     numbers = {event.asset_key.to_user_string(): event.materialization.metadata for event in done.get_asset_materialization_events()}
     assert numbers["benchmark_report"]["acceptance_length"].value >= 1.0 and numbers["benchmark_report"]["mismatches"].value == 0
+
+
+def test_a_trainer_that_gives_up_says_why_on_the_run(instance: dg.DagsterInstance) -> None:
+    with dg.execute_job(dg.reconstructable(job), instance) as failed:
+        (end,) = failed.filter_events(lambda event: event.is_step_failure)
+    assert "NotEnoughSignals: 0 requests of workload 'default'" in end.event_specific_data.error.message
 
 
 def test_a_refused_draft_is_not_rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> None:

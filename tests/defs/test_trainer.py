@@ -67,5 +67,6 @@ def test_a_device_that_is_not_ours_is_refused(adaptation: Adaptation) -> None:
 
 @pytest.mark.parametrize(("code", "again"), [(-9, True), (130, True), (1, False), (2, False)])
 def test_only_a_crash_is_tried_again(code: int, again: bool) -> None:
-    end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"))
+    end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"), "LakeError: empty")
     assert isinstance(end, dg.RetryRequested if again else dg.Failure)
+    assert again or end.description == "LakeError: empty"

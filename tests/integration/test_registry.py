@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -52,7 +53,8 @@ def checkpoint(tmp_path: Path, tiny_target: Target, request: pytest.FixtureReque
     return DraftCheckpoint(str(folder), digest_draft(folder), "tiny", tiny_target.digest, "shipped-00000000", 9, 2.1, 40, 5_000, 2.5)
 
 
-def test_a_draft_becomes_a_version_with_its_lineage_curve_and_files(registry: Registry, checkpoint: DraftCheckpoint) -> None:
+def test_a_draft_becomes_a_version_with_its_lineage_curve_and_files(registry: Registry, checkpoint: DraftCheckpoint,
+                                                                 tmp_path: Path) -> None:
     draft = registry.register(checkpoint, lineage={"workload": "de", "dagster_run_id": "run-1", "windows": 40})
     assert draft.draft_version == f"v{draft.version}-{checkpoint.digest[:8]}"
     assert registry.get(draft.version).digest == checkpoint.digest == registry.find(checkpoint.digest).digest  # type: ignore[union-attr]
@@ -70,7 +72,9 @@ def test_a_draft_becomes_a_version_with_its_lineage_curve_and_files(registry: Re
         return {f.path for f in registry.client.list_artifacts(draft.run_id, path)}
 
     assert names("draft") == {"draft/config.json", "draft/model.safetensors", "draft/provenance.json"}
-    assert names("") == {"draft", "metrics.jsonl", "curve.png"}, "run.json stays on the training machine"
+    svg = registry.client.download_artifacts(draft.run_id, "curve.svg", str(tmp_path))
+    assert [panel.get("points", "").count(",") for panel in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}polyline")] == [1, 2]
+    assert names("") == {"draft", "metrics.jsonl", "curve.svg"}, "run.json stays on the training machine"
 
 
 def test_registering_again_gives_the_first_version(registry: Registry, checkpoint: DraftCheckpoint) -> None:

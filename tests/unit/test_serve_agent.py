@@ -67,7 +67,8 @@ def test_swaps_to_what_the_record_says(place: Place, replica: Replica) -> None:
 
 def test_a_canary_replica_serves_its_own_group(place: Place, replica: Replica) -> None:
     first, second = place.build("v1"), place.build("v2", seed=1)
-    place.deploy({}, groups={"rest": {"*": first.build_id}, "canary": {"*": second.build_id}}, canary_replicas=("replica-1",), stage="canary")
+    groups = {"rest": {"*": first.build_id}, "canary": {"*": second.build_id}}
+    place.deploy({}, groups=groups, canary_replicas=("replica-1",), stage="canary")
     other = Replica(place, "replica-1")
     replica.agent.poll(), other.agent.poll()
     assert (replica.versions(), other.versions()) == ({"*": "v1"}, {"*": "v2"})

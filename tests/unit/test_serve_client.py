@@ -14,8 +14,8 @@ from tests.helpers import ask
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull, StackError, TideError
 from tide_pipeline.serve.client import TritonClient, encode_request, parse_metrics
 
-TOTALS = {"finish_reason": "length", "total_draft_tokens": "6", "total_accepted_draft_tokens": "4", "verify_steps": "2", "target_steps": "3",
-          "num_output_tokens": "7", "num_prompt_tokens": "2", "draft_version": "v1"}
+TOTALS = {"finish_reason": "length", "total_draft_tokens": "6", "total_accepted_draft_tokens": "4", "verify_steps": "2",
+          "target_steps": "3", "num_output_tokens": "7", "num_prompt_tokens": "2", "draft_version": "v1"}
 
 
 class Canned(HTTPServer):
@@ -84,7 +84,8 @@ def test_a_stream_that_breaks_off_is_an_error(server: Canned) -> None:
 @pytest.mark.parametrize(("status", "error", "kind"), [
     (400, "INVALID_ARG: max_tokens must be at least 1", InvalidRequest), (400, "expected number of inputs", InvalidRequest),
     (400, "INTERNAL: boom", StackError), (400, "UNAVAILABLE: shutting down", EngineClosed),
-    (503, "Exceeds maximum queue size", QueueFull), (503, "server is not ready", EngineClosed), (500, "Unable to parse 'data'", StackError)])
+    (503, "Exceeds maximum queue size", QueueFull), (503, "server is not ready", EngineClosed),
+    (500, "Unable to parse 'data'", StackError)])
 def test_errors_become_ours(server: Canned, status: int, error: str, kind: type[TideError]) -> None:
     server.status, server.body = status, json.dumps({"error": error}).encode()
     with pytest.raises(kind, match=error.rpartition(": ")[2]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_one_response_unless_streaming(tiny_dir: Path, tiny_build: EngineBuild) 
     assert single.heard[0]["text_output"] == streamed.heard[-1]["text_output"]
     assert single.heard[0]["num_output_tokens"] == "12" and single.heard[0]["draft_version"] == "v1"
     so_far = [event["text_output"] for event in streamed.heard]
-    assert all(later.startswith(earlier) for earlier, later in zip(so_far, so_far[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(so_far))
     assert "num_output_tokens" not in streamed.heard[0]
 
 

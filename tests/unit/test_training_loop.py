@@ -54,7 +54,7 @@ def test_a_cycle_learns_and_leaves_a_draft_with_its_birth_certificate(config: Ti
     assert "token_ids" not in json.dumps(born)
     curve = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert curve[0]["step"] == 0 and curve[-1]["acceptance_length"] > curve[0]["acceptance_length"]
-    assert [p.stage for p in seen][0] == "loading" and seen[-1].stage == "done" and seen[-1].share == 1.0
+    assert seen[0].stage == "loading" and seen[-1].stage == "done" and seen[-1].share == 1.0
     assert not (tmp_path / "a" / "resume.safetensors").exists()
 
     warm = train_draft(override(config, {"training": {"max_steps": 5}}), workload="de", out_dir=tmp_path / "b", champion=tmp_path / "a")

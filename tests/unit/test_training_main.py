@@ -62,6 +62,7 @@ def test_failures_say_why_and_exit_with_one(settings: Path, tmp_path: Path) -> N
     assert process.returncode == 1 and "CheckpointError" in err and "Traceback" not in err
 
 
+@pytest.mark.filterwarnings("ignore::dagster.PreviewWarning")
 def test_under_dagster_pipes_it_reports_numbers(settings: Path, tmp_path: Path) -> None:
     with dg.instance_for_test() as instance:
         @dg.asset

@@ -5,7 +5,13 @@ import dagster as dg
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
 from tide_pipeline.defs.lake import signal_windows
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.trainer import DagsterPipesExecutionError, after_a_failed_training, training_command, training_environment
+from tide_pipeline.defs.trainer import (
+    DagsterPipesExecutionError,
+    after_a_failed_training,
+    last_words_of,
+    training_command,
+    training_environment,
+)
 
 GROUP = "adaptation"
 TRAIN_POOL = "train_gpu"
@@ -33,7 +39,7 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     try:
         done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
     except DagsterPipesExecutionError as error:
-        raise after_a_failed_training(error) from error
+        raise after_a_failed_training(error, last_words_of(context.instance, context.run.run_id)) from error
     return done.get_materialize_result()
 
 

@@ -8,7 +8,7 @@ import dagster as dg
 IN_PROGRESS = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 LAUNCHED_BY = ".dagster/grpc_info"         # tag of the default run launcher: which code server spawned the worker
 STARTED_BY_LAUNCHER = "Started process for run"
-HERE = ("localhost", "127.0.0.1", "::1")
+HERE = ("localhost", "127.0.0.1", "0.0.0.0", "::1")      # noqa: S104 - names of this machine, nothing is bound
 
 
 @dg.sensor(name="janitor_sensor", minimum_interval_seconds=15, default_status=dg.DefaultSensorStatus.RUNNING,

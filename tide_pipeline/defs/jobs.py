@@ -8,10 +8,11 @@ from tide_pipeline.deployment.record import DeploymentRecord
 
 TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
+ONE_AT_A_TIME = "tide/adapts"              # dagster.yaml lets one run with this tag go and queues the others
 
 adapt_draft = dg.define_asset_job(
     "adapt_draft", dg.AssetSelection.assets("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand"},
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand", ONE_AT_A_TIME: "draft"},
     description="Train a draft on what was captured, register and build it, prove it against the champion, roll it out.")
 
 

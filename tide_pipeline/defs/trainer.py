@@ -15,7 +15,7 @@ from tide_pipeline.defs.adaptation import Adaptation
 from tide_pipeline.errors import SettingsError
 from tide_pipeline.recipes import freeze
 
-__all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "training_command", "training_environment"]
+__all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "last_words_of", "training_command", "training_environment"]
 
 STOPPED = 130                              # exit code of a trainer that was told to stop and left a checkpoint
 
@@ -40,12 +40,21 @@ def training_environment(config: TideConfig, adaptation: Adaptation, environment
     return {"TIDE_CONFIG": str(file), "CUDA_VISIBLE_DEVICES": _visible(device, environment) if on_gpu else ""}
 
 
-def after_a_failed_training(error: DagsterPipesExecutionError) -> Exception:
+def after_a_failed_training(error: DagsterPipesExecutionError, last_words: str) -> Exception:
     """A trainer that was killed goes on from its snapshot, once; one that gave a reason would give it again."""
     code = int(str(error).rsplit(" ", 1)[-1])
     if code < 0 or code == STOPPED:
         return dg.RetryRequested(max_retries=1, seconds_to_wait=1.0)
-    return dg.Failure(f"training failed with exit code {code}: the reason is at the end of this step's stderr", allow_retries=False)
+    return dg.Failure(last_words or f"the trainer ended with exit code {code}: see the end of this step's stderr", allow_retries=False)
+
+
+def last_words_of(instance: dg.DagsterInstance, run_id: str) -> str:
+    """The exception that the trainer closed Pipes with, without its stack; "" when there was none."""
+    for event in reversed(instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)):
+        error = event.get_dagster_event().engine_event_data.error
+        if error is not None:
+            return error.message.strip().splitlines()[0]
+    return ""
 
 
 def _visible(device: str, environment: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ Footers are checked once per shard. Pages are read through only after a query ha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,13 @@ def readable_shards(root: Path, target: str, schema: Any, since: float | None) -
     return files, left_out
 
 
-def find_damage(root: Path, target: str, since: float | None) -> bool:
-    """Read every shard through, pages and checksums; True when one is damaged or has gone: then it is worth asking again."""
-    found = False
+def find_damage(root: Path, target: str, since: float | None) -> None:
+    """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on."""
     for path in scan(root, target, since)[0]:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             key = _key(path)
             if key not in _damaged and (why := _damage(path)):
                 _damaged[key] = why
-                found = True
-        except FileNotFoundError:
-            found = True
-    return found
 
 
 def _key(path: Path) -> ShardKey:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import duckdb
@@ -23,6 +23,8 @@ from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.config import TideConfig
 from tide_pipeline.drift.shards import find_damage, readable_shards
 from tide_pipeline.errors import InvalidRequest, LakeError
+
+Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
 
 SCHEMAS = {"acceptance": ACCEPTANCE_SCHEMA, "signals": SIGNALS_SCHEMA}
 TEXT_COLUMNS = ("token_ids", "rejected", "taps", "final")
@@ -69,19 +71,14 @@ def connect(config: TideConfig, *, since: float | None = None, with_text: bool =
     return connection
 
 
-def query(config: TideConfig, sql: str, *, with_text: bool = False) -> tuple[list[str], list[tuple[Any, ...]]]:
+def query(config: TideConfig, sql: str, *, with_text: bool = False) -> Answer:
     """Column names and rows of one statement that only reads; `with_text` adds the columns of `signals` that are prompt text.
 
     Raises InvalidRequest for SQL that is wrong or does anything but read.
     """
     _check_reads_only(sql)
     try:
-        try:
-            return _ask(connect(config, with_text=with_text), sql)
-        except duckdb.Error as error:
-            if isinstance(error, _WRONG_SQL) or not _find_damage(config, None, sql):
-                raise
-        return _ask(connect(config, with_text=with_text), sql)
+        return _without_damage(config, None, sql, lambda: _ask(connect(config, with_text=with_text), sql))
     except duckdb.Error as error:
         raise InvalidRequest(f"{error}\nviews: {', '.join(VIEWS)}; `describe <view>` lists its columns") from error
 
@@ -92,14 +89,21 @@ def read(config: TideConfig, sql: str, parameters: Mapping[str, Any], *, since: 
     Raises LakeError when the lake can't be read.
     """
     try:
-        try:
-            return _ask(_views_cursor(config, since, sql), sql, parameters)[1]
-        except duckdb.Error:
-            if not _find_damage(config, since, sql):
-                raise
-        return _ask(_views_cursor(config, since, sql), sql, parameters)[1]
+        return _without_damage(config, since, sql, lambda: _ask(_views_cursor(config, since, sql), sql, parameters))[1]
     except duckdb.Error as error:
         raise LakeError(f"can't query the lake under {config.state.lake}: {error}") from error
+
+
+def _without_damage(config: TideConfig, since: float | None, sql: str, ask: Callable[[], Answer]) -> Answer:
+    """Ask; when that fails, find the shards that are damaged (or went away meanwhile) and ask once more, without them."""
+    try:
+        return ask()
+    except _WRONG_SQL:
+        raise
+    except duckdb.Error:
+        for name in _datasets(sql):        # signals are read through only if they were asked for
+            find_damage(config.state.lake / name, config.target, since)
+    return ask()
 
 
 @functools.cache
@@ -114,7 +118,7 @@ def _views_cursor(config: TideConfig, since: float | None, sql: str) -> Any:
     return cursor
 
 
-def _ask(connection: Any, sql: str, parameters: Mapping[str, Any] | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+def _ask(connection: Any, sql: str, parameters: Mapping[str, Any] | None = None) -> Answer:
     with connection:
         answer = connection.execute(sql, dict(parameters)) if parameters else connection.execute(sql)
         return [column[0] for column in answer.description], answer.fetchall()
@@ -169,8 +173,3 @@ def _check_reads_only(sql: str) -> None:
     if len(kinds) != 1 or kinds[0] not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
         found = ", ".join(kind.name for kind in kinds) or "nothing"
         raise InvalidRequest(f"expected one statement that reads (select, from, describe, summarize, explain), got {found}")
-
-
-def _find_damage(config: TideConfig, since: float | None, sql: str) -> bool:
-    """Whether asking again is worth it: shards turned out damaged, or have gone. Signals are read through only if asked for."""
-    return any([find_damage(config.state.lake / name, config.target, since) for name in _datasets(sql)])      # a list: look everywhere

@@ -73,8 +73,9 @@ def benchmark_door(champion: BenchmarkReport | None, challenger: BenchmarkReport
     if not enough:
         reason = f"{challenger.prompts} prompts were timed, at least {needed} are needed: capture more traffic"
     else:
-        reason = (f"{challenger.tokens_per_s:.0f} tokens/s against {baseline:.0f} with {against}, ratio {ratio:.2f} "
-                  f"[{low:.2f}, {high:.2f}], {'not below' if fast else 'below'} {settings.min_speedup_ratio:.2f}")
+        reason = (f"{challenger.speedup:.2f}x plain decoding against {champion.speedup if champion else 1.0:.2f}x with {against}, ratio "
+                  f"{ratio:.2f} [{low:.2f}, {high:.2f}], {'not below' if fast else 'below'} {settings.min_speedup_ratio:.2f} "
+                  f"({challenger.tokens_per_s:.0f} and {baseline:.0f} tokens/s)")
     return {"passed": bool(enough and fast), "reason": reason, "against": against, "ratio": ratio, "ratio_low": low, "ratio_high": high,
             "champion_tokens_per_s": baseline, "challenger_tokens_per_s": challenger.tokens_per_s,
             "plain_tokens_per_s": challenger.plain_tokens_per_s, "champion_speedup": champion.speedup if champion else 1.0,

@@ -71,4 +71,4 @@ def without_password(uri: str) -> str:
 
 def _first_line(error: Exception) -> str:
     text = without_password(str(error)).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return "no answer" if "Max retries exceeded" in text else text.splitlines()[0][:300]

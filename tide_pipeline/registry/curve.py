@@ -12,6 +12,7 @@ from tide_pipeline.errors import RegistryError
 
 Point = dict[str, float]           # "step", "elapsed_s" and what was measured there
 PANELS = (("loss", "loss"), ("acceptance_length", "acceptance length, held-out requests"))
+WIDTH, HEIGHT, TOP = 360, 180, 28              # of one panel
 
 
 def read_curve(folder: Path) -> list[Point]:
@@ -32,20 +33,28 @@ def series(curve: Sequence[Point], name: str) -> tuple[list[float], list[float]]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def plot_curve(curve: Sequence[Point], into: Path) -> Path:
-    """Loss and acceptance over steps, as PNG. Agg alone: needs no screen and touches no global figure."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_curve(curve: Sequence[Point]) -> str:
+    """Loss and acceptance over steps as SVG, written by hand: importing a plotting library takes longer than the rest."""
+    panels = "".join(_panel(title, *series(curve, name), left=i * (WIDTH + 70) + 50) for i, (name, title) in enumerate(PANELS))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(PANELS) * (WIDTH + 70)} {HEIGHT + 60}" font-family="sans-serif" '
+            f'font-size="11">{panels}</svg>\n')
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        axes.plot(*series(curve, name), marker="o" if name == "acceptance_length" else "")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.savefig(into, format="png", dpi=100)
-    return into
+
+def _panel(title: str, steps: Sequence[float], values: Sequence[float], left: int) -> str:
+    if not values:
+        return f'<text x="{left}" y="18">{title}: not recorded</text>'
+    low, high, last = min(values), max(values), max(max(steps), 1.0)
+    span = (high - low) or 1.0
+    points = " ".join(f"{left + WIDTH * step / last:.1f},{TOP + HEIGHT * (high - value) / span:.1f}"
+                      for step, value in zip(steps, values, strict=True))
+    bottom = TOP + HEIGHT
+    return (f'<text x="{left}" y="18" font-weight="bold">{title}</text>'
+            f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#bbb"/>'
+            f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="2"/>'
+            f'<text x="{left - 6}" y="{TOP + 10}" text-anchor="end">{high:.2f}</text>'
+            f'<text x="{left - 6}" y="{bottom}" text-anchor="end">{low:.2f}</text>'
+            f'<text x="{left}" y="{bottom + 15}">0</text>'
+            f'<text x="{left + WIDTH}" y="{bottom + 15}" text-anchor="end">step {last:.0f}</text>')
 
 
 def _is_number(value: Any) -> bool:

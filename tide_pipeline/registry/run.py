@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from tide_pipeline.contracts import DraftCheckpoint
 from tide_pipeline.errors import RegistryError
 from tide_pipeline.models.checkpoint import FILES
 from tide_pipeline.registry.client import tolerating
-from tide_pipeline.registry.curve import Point, plot_curve, read_curve
+from tide_pipeline.registry.curve import Point, draw_curve, read_curve
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -98,8 +97,7 @@ def _log_files(client: MlflowClient, run_id: str, folder: Path) -> None:
     curve = read_curve(folder)
     if curve:
         client.log_artifact(run_id, str(folder / "metrics.jsonl"))
-        with tempfile.TemporaryDirectory() as scratch:
-            client.log_artifact(run_id, str(plot_curve(curve, Path(scratch) / "curve.png")))
+        client.log_text(run_id, draw_curve(curve), "curve.svg")
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def headline(data: ReportData) -> str:
     worth = {str(phase["name"]): phase["speedup"] for phase in data.phases if "name" in phase and "speedup" in phase}
     if not {"healthy", "shifted", "adapted"} <= worth.keys():
         tokens = sum(b.tokens_per_s * b.seconds for b in data.series)
-        return f"{tokens:,.0f} tokens served with {len({b.draft_version for b in data.series} - {''})} draft versions"
+        versions = len({b.draft_version for b in data.series} - {""})
+        return f"{tokens:,.0f} tokens served with {versions} draft version{'s' * (versions != 1)}"
     took = f", {sum(data.stages_s.values()):.0f} s after it" if data.stages_s else ""
     return (f"Speculation was worth {worth['healthy']:.2f}x before the traffic shifted, {worth['shifted']:.2f}x after the shift with the "
             f"old draft, and {worth['adapted']:.2f}x with a draft trained on the new traffic{took}.")
@@ -178,4 +179,5 @@ def _period(data: ReportData) -> str:
     since = data.since if data.since is not None else min(b.time for b in data.series)
     until = data.until if data.until is not None else max((b.time + b.seconds for b in data.series), default=since)
     begin, end = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(t)) for t in (since, until))
-    return f"{begin} to {end} UTC, {(until - since) / 60:.1f} minutes"
+    size, unit = next(((s, u) for s, u in ((86_400, "days"), (3600, "hours"), (60, "minutes")) if until - since >= 2 * s), (1, "seconds"))
+    return f"{begin} to {end} UTC, {(until - since) / size:.1f} {unit}"

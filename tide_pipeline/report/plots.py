@@ -15,7 +15,8 @@ from tide_pipeline.drift.series import Bucket
 from tide_pipeline.report.data import ReportData
 from tide_pipeline.report.svg import GRID, INK, MUTED, PAPER, SERIES, figure, to_svg
 
-TICKS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600, 86_400, 7 * 86_400)
+DAY_S = 86_400
+TICKS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600, DAY_S, 7 * DAY_S, 30 * DAY_S)
 LABEL_WIDTH = 0.0068               # of the time axis, a character of a mark's label
 NEAR = 0.02                        # of the time axis: marks that share a label
 SMOOTH = 5                         # buckets a line is averaged over
@@ -40,7 +41,7 @@ def time_plot(data: ReportData) -> str:
         middle.set_title("first-position acceptance, share of drafted first tokens")
         has_plain = any(not b.draft_version for b in data.series)
         low.set_title("output, tokens/s, all workloads" + (" (grey: requests without speculation)" if has_plain else ""))
-        top.set_ylim(1.0, top.get_ylim()[1] + 0.1 * (top.get_ylim()[1] - 1.0))
+        top.set_ylim(1.0, 1.0 + 1.1 * max(0.5, top.get_ylim()[1] - 1.0))
         middle.set_ylim(0.0, 1.0)
         middle.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
         low.set_ylim(bottom=0.0)
@@ -160,7 +161,8 @@ def _areas(axes: Axes, series: Sequence[Bucket], colours: Mapping[str, str], sin
 def _labels(axes: Axes, lanes: Sequence[Sequence[tuple[float, str, bool]]], since: float) -> None:
     for lane, marks in enumerate(lanes):
         for at, label, is_left in marks:
-            foot: Any = {"xy": (at - since, 1.0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", "annotation_clip": False}
+            foot: Any = {"xy": (at - since, 1.0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points",
+                         "annotation_clip": False}
             axes.annotate("", xytext=(0, 15 + 15 * lane), arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.8}, zorder=2, **foot)
             axes.annotate(label, xytext=(-3 if is_left else 3, 5 + 15 * lane), ha="right" if is_left else "left", color=INK, fontsize=9,
                           bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}, zorder=3, **foot)
@@ -168,9 +170,9 @@ def _labels(axes: Axes, lanes: Sequence[Sequence[tuple[float, str, bool]]], sinc
 
 def _time_axis(axes: Axes, since: float, until: float) -> None:
     span = until - since
-    step = next((s for s in TICKS_S if span / s <= 10), TICKS_S[-1])
-    is_short = span <= FIRST_MINUTES
-    form = "%H:%M" if span <= 2 * 86_400 else "%d %b"
+    is_short, is_long = span <= FIRST_MINUTES, span > 2 * DAY_S
+    step = next((s for s in TICKS_S if span / s <= 10 and (s >= DAY_S or not is_long)), TICKS_S[-1])
+    form = "%d %b" if is_long else "%H:%M"
     # `since` seldom falls on a tick of the clock: ticks stand where the clock is round
     axes.xaxis.set_major_locator(MultipleLocator(step) if is_short else MultipleLocator(step, offset=-(since % step)))
     axes.xaxis.set_major_formatter(FuncFormatter(

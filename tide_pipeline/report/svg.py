@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#050505"
 SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)}}
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+_VARIABLES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 
 _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": GRID, "axes.linewidth": 1.0,

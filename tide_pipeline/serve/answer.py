@@ -55,10 +55,8 @@ class Answer:
             if self.asked.streaming:
                 self.reply.send({"text_output": self._text}, is_last=False)
             return
-        try:
-            self._end(chunk)
-        finally:
-            self._on_end(chunk.request_id)
+        self._on_end(chunk.request_id)             # first: a client that has its answer may use the id again
+        self._end(chunk)
 
     def _end(self, chunk: TokenChunk) -> None:
         match chunk.finish_reason:

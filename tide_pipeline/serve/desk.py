@@ -1,7 +1,7 @@
 """Requests between Triton and the engine: hands them over, and frees the slot of a client that has left. Knows no tensors.
 
 Only `places` requests wait inside the engine. `take` blocks until there is room, so that the others wait in Triton's queue: its
-overflow is the only one that Triton 2.51 answers with 503, because errors of a model's own arrive as 400 on /generate.
+overflow is the only one that Triton 2.51 answers with 503, because all errors of a model's own arrive as 400 on /generate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Triton model: the only place that joins engine, recorder and draft agent. Imported by the rendered `1/model.py`, in Triton's stub.
 
 Threads: Triton's hands requests over, the engine's sends the responses, the agent's swaps drafts, a watcher frees the slots of clients
-that have left and publishes metrics, a last one ends this process if tritonserver is gone. Prompts and outputs are never logged.
+that have left and publishes metrics. Prompts and outputs are never logged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tide_pipeline.serve.agent import DraftAgent
 from tide_pipeline.serve.answer import ErrorKind, kind_of
 from tide_pipeline.serve.desk import Desk
 from tide_pipeline.serve.metrics import MetricsPublisher
+from tide_pipeline.serve.orphan import before_the_end
 from tide_pipeline.serve.repository import CONFIG_PARAMETER, REPLICA_PARAMETER, handed_over
 from tide_pipeline.serve.request import parse_request
 from tide_pipeline.serve.tally import TallySink
@@ -41,21 +42,29 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonReply:
-    """One request's response sender."""
+    """One request's response sender. tritonserver 2.51 crashes when it is asked `is_cancelled` of a sender whose last response is out."""
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
+        self._lock = threading.Lock()
+        self._is_ended = False
 
     def send(self, outputs: dict[str, str], *, is_last: bool) -> None:
         tensors = [pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_)) for name, text in outputs.items()]
-        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=FINAL if is_last else 0)
+        self._send(pb_utils.InferenceResponse(output_tensors=tensors), is_last)
 
     def fail(self, kind: ErrorKind, message: str) -> None:
         error = pb_utils.TritonError(f"{kind}: {message}", getattr(pb_utils.TritonError, kind))
-        self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+        self._send(pb_utils.InferenceResponse(error=error), is_last=True)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        with self._lock:
+            return not self._is_ended and bool(self._sender.is_cancelled())
+
+    def _send(self, response: Any, is_last: bool) -> None:
+        with self._lock:
+            self._is_ended = self._is_ended or is_last
+            self._sender.send(response, flags=FINAL if is_last else 0)
 
 
 class TritonPythonModel:
@@ -73,6 +82,7 @@ class TritonPythonModel:
             raise SettingsError(f"{config.engine_dir}/engine.toml: no engine for backend {spec.backend!r}; there is: embedded")
         self._desk = Desk(handed_over(config.serve))
         self._recorder = Recorder(config.capture, config.target, config.state.lake, replica)
+        before_the_end(lambda: self._recorder.flush(ORPHAN_FLUSH_S))
         tally = TallySink(self._recorder, self._desk.admitted)
         self._engine = EmbeddedEngine(config.engine_dir / spec.model, spec, config.serve, config.speculation, tally)
         self._agent = DraftAgent(self._engine, self._recorder, tally, config, replica)
@@ -85,7 +95,6 @@ class TritonPythonModel:
         self._agent.start()
         self._watcher = threading.Thread(target=self._watch, name="tide-watcher", daemon=True)
         self._watcher.start()
-        threading.Thread(target=self._end_with_parent, args=(os.getppid(),), name="tide-parent-watch", daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Responses are sent later, by the engine's thread."""
@@ -129,13 +138,6 @@ class TritonPythonModel:
                     self._metrics.publish()
             except Exception:
                 log.exception("the watcher failed once; it goes on")
-
-    def _end_with_parent(self, parent: int) -> None:
-        """Triton's responses and metrics block for ever without it: save what can be saved and leave."""
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        self._recorder.flush(ORPHAN_FLUSH_S)
-        os._exit(1)
 
 
 def _settings(parameters: dict[str, Any]) -> TideConfig:

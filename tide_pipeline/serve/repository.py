@@ -25,6 +25,10 @@ import sys
 # Triton's stub runs an isolated interpreter, which does not read PYTHONPATH by itself.
 sys.path.extend(place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place not in sys.path)
 
+from tide_pipeline.serve.orphan import watch_parent  # noqa: E402
+
+watch_parent()
+
 from tide_pipeline.serve.model import TritonPythonModel  # noqa: E402, F401
 '''
 
@@ -83,8 +87,8 @@ def handed_over(serve: ServeSettings) -> int:
 
 
 def triton_queue_size(serve: ServeSettings) -> int:
-    """So that `queue_size` requests wait in all: those handed over, one that waits to be handed over, and these. 0 would mean no limit."""
-    return max(1, serve.queue_size - handed_over(serve) - 1)
+    """All of them: a burst meets Triton's queue before any of it is handed over. 0 would mean no limit."""
+    return max(1, serve.queue_size)
 
 
 def _tensors(specs: Iterable[TensorSpec]) -> str:

@@ -154,7 +154,7 @@ class _Starter:
                 self._register_shipped()
         if "dagster" in parts:
             daemon = self.record.processes[-1]
-            wait_until(lambda: probes.daemon_beats(self.place.urls["dagster"], daemon.created_at), daemon, self.timeout_s)
+            wait_until(lambda: probes.daemon_beats(self.place.urls["dagster"], daemon.started_at), daemon, self.timeout_s)
             self._ready("dagster", began)
         self.record = dataclasses.replace(self.record, ready=True)
         record.save(self.state, self.record)

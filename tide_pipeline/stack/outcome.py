@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,6 @@ def print_outcome(outcome: DemoOutcome, console: Console, report: Path) -> None:
 
 def report_of(outcome: DemoOutcome, path: Path) -> None:
     """The page of this run: the lake's period with the measured phases on top."""
-    import dataclasses
-
     data = collect(outcome.config, outcome.began)
-    write_report(path, dataclasses.replace(data, phases=[p.as_dict() for p in outcome.phases], marks=outcome.marks,
-                                           stages_s=outcome.stages_s))
+    write_report(path, replace(data, phases=[p.as_dict() for p in outcome.phases], marks=outcome.marks, stages_s=outcome.stages_s,
+                               verdicts=[outcome.verdict] if outcome.verdict else data.verdicts))

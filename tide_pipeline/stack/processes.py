@@ -43,7 +43,8 @@ class ProcessRef:
 
     name: str
     pid: int
-    created_at: float              # Unix seconds, as the kernel counts them
+    start_ticks: int               # since boot, from /proc: unlike Unix time it doesn't move when the clock is set
+    started_at: float              # Unix seconds
     log: str
     tell_children: bool = False
 
@@ -56,14 +57,14 @@ def start(service: Service, *, bound: bool) -> ProcessRef:
     files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, str(service.log), write, 0o644),
              (os.POSIX_SPAWN_DUP2, 1, 2)]
     pid = os.posix_spawn(sys.executable, command, dict(service.environment), file_actions=files, setsid=True)
-    return ProcessRef(service.name, pid, psutil.Process(pid).create_time(), str(service.log), service.tell_children)
+    return ProcessRef(service.name, pid, _start_ticks(pid), time.time(), str(service.log), service.tell_children)
 
 
 def find(ref: ProcessRef) -> psutil.Process | None:
     """The live process, or None when it ended or its id is somebody else's now."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, OSError):
         process = psutil.Process(ref.pid)
-        if abs(process.create_time() - ref.created_at) < 0.05 and process.status() != psutil.STATUS_ZOMBIE:
+        if _start_ticks(ref.pid) == ref.start_ticks and process.status() != psutil.STATUS_ZOMBIE:
             return process
     return None
 
@@ -102,6 +103,11 @@ def stop(refs: Iterable[ProcessRef], stack_id: str, patience_s: float = PATIENCE
     _tell(left, psutil.Process.kill)
     _wait(left, 5.0)
     return killed
+
+
+def _start_ticks(pid: int) -> int:
+    """Field 22 of /proc/<pid>/stat. Raises OSError when there is no such process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _family(roots: Iterable[psutil.Process], stack_id: str) -> set[psutil.Process]:

@@ -54,7 +54,8 @@ class Place:
         return {"TIDE_CONFIG": str(self.config_file), "TIDE_PROJECT_ROOT": str(project_root()),
                 "TIDE_MLFLOW_URI": self.urls["mlflow"], "MLFLOW_TRACKING_URI": self.urls["mlflow"],
                 "DAGSTER_HOME": str(dagster_home()), "TIDE_DAGSTER_DIR": str(state.dagster),
-                "TIDE_DAGSTER_LOGS": str(state.dagster / "logs"), "TIDE_DAGSTER_CODE_HOST": s.host, "TIDE_DAGSTER_CODE_PORT": str(s.dagster_code_port)}
+                "TIDE_DAGSTER_LOGS": str(state.dagster / "logs"), "TIDE_DAGSTER_CODE_HOST": s.host,
+                "TIDE_DAGSTER_CODE_PORT": str(s.dagster_code_port)}
 
     def environment(self) -> dict[str, str]:
         """The whole environment of a child."""

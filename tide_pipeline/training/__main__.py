@@ -104,7 +104,7 @@ def _pipes() -> Iterator[Any]:
     except ImportError:
         yield None
         return
-    if not dagster_pipes.PipesEnvVarParamsLoader().is_dagster_pipes_process():
+    if not dagster_pipes.PipesEnvVarParamsLoader().is_dagster_pipes_process():  # type: ignore[no-untyped-call]
         yield None
         return
     with dagster_pipes.open_dagster_pipes() as context:

@@ -29,6 +29,7 @@ from tide_pipeline.training.data import TrainingSet, find_windows, read_training
 from tide_pipeline.training.loss import LossWeights, ttt_loss
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
 from tide_pipeline.training.progress import TrainProgress
+from tide_pipeline.training.scale import channel_scale, for_raw_taps, for_scaled_taps, scaled
 from tide_pipeline.training.snapshot import Counters, finish, load_run, load_snapshot, save_run, save_snapshot, write_metrics
 from tide_pipeline.training.target_head import TargetHead, target_head_of
 from tide_pipeline.training.vocabulary import frequent_tokens, new_draft, with_vocabulary
@@ -74,7 +75,9 @@ def _start(champion: Path | None, head: TargetHead, data: TrainingSet, settings:
     keep = settings.draft_vocab_size
     target_ids = frequent_tokens(data.train, head.shape.vocab_size, keep) if 0 < keep < head.shape.vocab_size else None
     if champion is None:
-        return new_draft(head, target_ids)
+        draft = new_draft(head, target_ids)
+        for_raw_taps(draft, channel_scale(data.train))                      # its random fc is meant for inputs of unit size
+        return draft
     return with_vocabulary(load_draft(champion, head.shape, head.identity), head, target_ids)
 
 
@@ -84,8 +87,11 @@ class Run:
     def __init__(self, config: TideConfig, workload: str, folder: Path, head: TargetHead, data: TrainingSet, draft: Eagle3Draft,
                  progress: Report, should_stop: Callable[[], bool]) -> None:
         s = self.settings = config.training
-        self.config, self.workload, self.folder, self.head, self.data = config, workload, folder, head, data
+        self.config, self.workload, self.folder, self.head = config, workload, folder, head
+        self.scale_G = channel_scale(data.train)
+        self.data = data = scaled(data, self.scale_G)
         self.draft = draft.to(s.device)
+        for_scaled_taps(self.draft, self.scale_G)
         self.draft.lm_head.weight.requires_grad_(s.train_lm_head)
         self.optimizer = Optimizer(self.draft, s)
         self.sampler = Sampler(data.focus, data.replay, s.batch_windows, s.window_rows, s.replay_share, s.seed)
@@ -103,6 +109,8 @@ class Run:
             self.counters.start_acceptance = self.counters.last_acceptance
             return
         self.counters, groups = found
+        if not groups["scale"]["taps"].equal(self.scale_G):
+            raise TrainingFailed(f"windows of the run in {self.folder} are gone from the lake: remove the folder and train again")
         self.draft.load_state_dict(groups["draft"])
         self.optimizer.load(groups.get("optimizer", {}))
         self.best = groups["best"]
@@ -129,7 +137,8 @@ class Run:
                 evaluated = logged = c.elapsed_s = at_before
             stop = self.should_stop()
             if stop or c.elapsed_s - checkpointed >= s.checkpoint_every_s:
-                save_snapshot(self.folder, c, {"draft": self.draft.state_dict(), "optimizer": self.optimizer.tensors(), "best": self.best})
+                save_snapshot(self.folder, c, {"draft": self.draft.state_dict(), "optimizer": self.optimizer.tensors(), "best": self.best,
+                                               "scale": {"taps": self.scale_G}})
                 checkpointed = c.elapsed_s
             if stop:
                 raise TrainingInterrupted(f"stopped at step {c.step}: the same command with the same folder {self.folder} goes on")
@@ -210,6 +219,7 @@ class Run:
             "requests": len({w.window.request_id for w in data.train}), "shards": shards(data.train), "skipped": dict(data.skipped),
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
+        for_raw_taps(self.draft, self.scale_G)
         digest = save_draft(self.draft, self.folder, self.head.identity, provenance)
         checkpoint = DraftCheckpoint(str(self.folder), digest, self.config.target, self.head.digest, parent, c.step, round(c.elapsed_s, 1),
                                      len(data.train), data.num_rows, c.best_acceptance)

@@ -1,0 +1,87 @@
+"""MLflow's server and Dagster's three processes for real, on definitions of ten lines: up, a job by hand, down, nothing left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tide_pipeline import recipes
+from tide_pipeline.errors import StackError
+from tide_pipeline.stack import services
+from tide_pipeline.stack.local import LocalStack
+from tide_pipeline.stack.processes import STACK_ID
+from tide_pipeline.stack.runs import runs_of
+
+DEFINITIONS = """
+    import os
+    import dagster as dg
+
+    class Asked(dg.Config):
+        workload: str
+        reason: str
+
+    @dg.op(pool="train_gpu")
+    def draft_checkpoint(context, config: Asked) -> None:
+        assert os.environ["TIDE_MLFLOW_URI"].startswith("http://127.0.0.1:") and os.environ["TIDE_CONFIG"]
+        context.log.info(config.workload)
+
+    @dg.job(executor_def=dg.in_process_executor)
+    def adapt_draft() -> None:
+        draft_checkpoint()
+
+    defs = dg.Definitions(jobs=[adapt_draft])
+"""
+
+
+def family(stack_id: str) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(STACK_ID) == stack_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_up_launch_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small_definitions.py").write_text(textwrap.dedent(DEFINITIONS))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(services.__file__).parents[2])]))
+    before = {path.name: path.stat().st_mtime for path in services.dagster_home().glob("*.yaml")}
+    config = recipes.load(values={"state_dir": str(tmp_path / "state")})
+    told: list[str] = []
+    stack = LocalStack.up(config, say=told.append, bound=True, parts=("mlflow", "dagster"), definitions="small_definitions")
+    try:
+        assert {line.split()[0] for line in told} == {"mlflow", "dagster"}
+        assert httpx.get(f"{stack.mlflow_url}/api/2.0/mlflow/experiments/get", params={"experiment_id": "0"}).status_code == 200
+        done = subprocess.run(["sh", "-c", stack.launch_line()], capture_output=True, text=True, cwd="/", timeout=120,
+                              env={"PATH": os.environ["PATH"]})
+        assert done.returncode == 0, done.stderr
+        gives_up = time.monotonic() + 120
+        while not (runs := runs_of(stack.dagster_url, "adapt_draft")) or not runs[0].over:
+            assert time.monotonic() < gives_up, runs
+            time.sleep(0.2)
+        assert runs[0].status == "SUCCESS" and runs[0].tags["tide/target"] == "pocket"
+        assert len(family(stack.record.stack_id)) >= 5
+        assert (config.state.dagster / "history" / "runs.db").is_file() and list((config.state.dagster / "logs").iterdir())
+    finally:
+        killed = stack.down()
+    assert killed == [] and family(stack.record.stack_id) == []
+    assert {path.name: path.stat().st_mtime for path in services.dagster_home().glob("*.yaml")} == before
+    assert not list(services.dagster_home().glob("*.db")), "Dagster's data belongs under the state directory"
+
+
+def test_definitions_that_do_not_load_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_definitions.py").write_text("raise RuntimeError('no such asset')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(services.__file__).parents[2])]))
+    config = recipes.load(values={"state_dir": str(tmp_path / "state")})
+    with pytest.raises(StackError, match="no such asset"):
+        LocalStack.up(config, parts=("dagster",), definitions="broken_definitions")
+    assert LocalStack.running(config.state) is None

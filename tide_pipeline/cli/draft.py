@@ -1,0 +1,149 @@
+"""tide train | register | build | gate: one draft, from captured windows to a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tide_pipeline.cli.app import STAGES, JsonFlag, Workload, app, console, print_json, print_table, registry_of_stack, settings_of
+from tide_pipeline.errors import CheckpointError, InvalidRequest
+
+if TYPE_CHECKING:
+    from tide_pipeline.config import TideConfig
+    from tide_pipeline.contracts import DraftCheckpoint
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    ctx: typer.Context,
+    workload: Workload = "default",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the new draft; an unfinished run in it goes on.")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Don't start from the draft that is served.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a draft on what was captured of a workload, starting from the one that serves it.
+
+    [bold]tide train --workload default --set training.time_budget_s=60[/bold]
+    """
+    from tide_pipeline.defs.adaptation import served_build
+    from tide_pipeline.recipes import freeze
+    from tide_pipeline.training.__main__ import main as run_training
+
+    config = settings_of(ctx)
+    folder = out or config.state.training / f"by-hand-{time.strftime('%Y%m%d-%H%M%S')}" / "draft"
+    folder.mkdir(parents=True, exist_ok=True)
+    freeze(config, folder.parent / "settings.toml")
+    champion = None if from_scratch else served_build(config, workload)
+    line = ["--workload", workload, "--out", str(folder), "--config", str(folder.parent / "settings.toml")]
+    line += ["--champion", f"{champion.path}/draft", "--parent", champion.draft_version] if champion else []
+    code = run_training([*line, "--json"] if as_json else line)
+    if code == 0 and not as_json:
+        console().print(f"next: tide register {folder}", markup=False)
+    raise typer.Exit(2 if code == 1 else code)             # a stage that failed has said why
+
+
+@app.command(rich_help_panel=STAGES)
+def register(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A draft checkpoint: config.json and model.safetensors.")],
+    workload: Workload = "default",
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a draft a version in MLflow. The same bytes give the same version.
+
+    [bold]tide register .tide/training/by-hand-20261122-101500/draft[/bold]
+    """
+    from tide_pipeline.registry.registry import open_registry
+
+    config = settings_of(ctx)
+    registry_of_stack(config)
+    draft = open_registry(config).register(_checkpoint(config, folder), lineage={"workload": workload, "origin": "registered by hand"})
+    if as_json:
+        print_json(draft)
+    else:
+        console().print(f"{draft.draft_version} is version {draft.version} of {draft.name}\nnext: tide build --version {draft.version}")
+
+
+@app.command(rich_help_panel=STAGES)
+def build(
+    ctx: typer.Context,
+    version: Annotated[int | None, typer.Option(min=1, help="Version in MLflow.")] = None,
+    draft: Annotated[Path | None, typer.Option(metavar="DIR", help="A draft folder that is not registered.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make an engine build of a draft: a folder that replicas load, warmed up once.
+
+    [bold]tide build --version 2[/bold]
+    """
+    from tide_pipeline.build.engine import build_engine
+    from tide_pipeline.models.checkpoint import digest_draft
+    from tide_pipeline.registry.registry import open_registry
+
+    if (version is None) == (draft is None):
+        raise InvalidRequest("say what to build: either --version N or --draft DIR")
+    config = settings_of(ctx)
+    if version is not None:
+        registry_of_stack(config)
+        registry = open_registry(config)
+        found = registry.get(version)
+        folder, name = registry.fetch(version, config.state.training / "fetched" / found.draft_version), found.draft_version
+    else:
+        assert draft is not None
+        folder, name = draft, f"local-{digest_draft(draft)[:8]}"
+    made = build_engine(config, folder, name)
+    if as_json:
+        print_json(made)
+    else:
+        facts = ", ".join(f"{key} {value:.3g}" for key, value in made.warmup.items())
+        console().print(f"build {made.build_id} of {made.draft_version} ({facts})\nnext: tide gate {made.build_id}")
+
+
+@app.command(rich_help_panel=STAGES)
+def gate(
+    ctx: typer.Context,
+    build_id: Annotated[str, typer.Argument(metavar="BUILD_ID", help="As `tide build` printed it.")],
+    workload: Workload = "default",
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge a build against the draft that is served: acceptance on held-out requests, benchmark, greedy equivalence.
+
+    Exit code 1 when it does not pass.
+
+    [bold]tide gate 3f2a9c0d11e8b7a4 --workload default[/bold]
+    """
+    from tide_pipeline.defs.adaptation import served_build
+    from tide_pipeline.deployment.builds import load_build
+    from tide_pipeline.gate.run import run_gate
+
+    config, screen = settings_of(ctx), console(err=True)
+    challenger = load_build(config.state.builds, config.target, build_id)
+    with screen.status("acceptance") as line:
+        found = run_gate(config, challenger, served_build(config, workload), workload=workload,
+                         progress=lambda stage, share: line.update(f"{stage} {share:.0%}"))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(("door", "", "why"), [(name, "passed" if door["passed"] else "closed", door["reason"])
+                                          for name, door in found.verdict.doors.items()])
+        console().print(f"next: tide rollout {build_id}" if found.verdict.passed else "the build stays out")
+    raise typer.Exit(0 if found.verdict.passed else 1)
+
+
+def _checkpoint(config: TideConfig, folder: Path) -> DraftCheckpoint:
+    """What training wrote of it, wherever the folder lies now; for a draft from elsewhere only its bytes are known."""
+    from tide_pipeline.contracts import DraftCheckpoint, from_dict
+    from tide_pipeline.models.checkpoint import digest_draft, read_identity
+
+    digest, file = digest_draft(folder), folder / "checkpoint.json"
+    try:
+        known = from_dict(DraftCheckpoint, json.loads(file.read_text()))
+    except FileNotFoundError:
+        return DraftCheckpoint(str(folder), digest, config.target, read_identity(folder).engine_digest, "", 0, 0.0, 0, 0, 0.0)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}): train the draft again") from error
+    return dataclasses.replace(known, path=str(folder))

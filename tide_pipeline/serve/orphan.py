@@ -1,0 +1,51 @@
+"""End Triton's Python stub when its tritonserver is gone. Standard library only: it watches before anything heavy is imported.
+
+PR_SET_PDEATHSIG would not do: it follows the thread that forked, and tritonserver loads models from threads that end.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WATCH_S = 0.5
+SHM_PREFIX = "tide-"               # of the regions that our tritonservers make
+
+_last_acts: list[Callable[[], object]] = []
+
+
+def before_the_end(act: Callable[[], object]) -> None:
+    """Have something saved first. It must not call Triton: without a server its calls never return."""
+    _last_acts.append(act)
+
+
+def watch_parent() -> None:
+    """From a thread of its own; the parent may have died before this call."""
+    threading.Thread(target=_watch, args=(os.getppid(),), name="tide-parent-watch", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    if _is_triton(parent):
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+    for act in _last_acts:
+        act()
+    _remove_shared_memory()
+    os._exit(1)
+
+
+def _remove_shared_memory() -> None:
+    """The region this stub shares with its server is named on its command line; after a SIGKILL nobody else removes it."""
+    for argument in Path("/proc/self/cmdline").read_text().split("\0"):
+        if argument.startswith(SHM_PREFIX) and "/" not in argument:
+            Path("/dev/shm", argument).unlink(missing_ok=True)  # noqa: S108 the place is Triton's choice
+
+
+def _is_triton(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("tritonserver")
+    except OSError:
+        return False
