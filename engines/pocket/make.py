@@ -23,14 +23,14 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(ROOT))
 
 SEEN = ("py", "c", "en")                 # domains the champion draft is trained on; de and html stay unseen
-PROMPTS = {"en": 120, "py": 240, "c": 120, "de": 320, "html": 120}
+PROMPTS = {"en": 120, "py": 240, "c": 240, "de": 320, "html": 320}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="+", choices=["corpus", "tokenizer", "target", "prompts", "champion", "card"])
     parser.add_argument("--work", type=Path, default=ROOT / ".work")
-    parser.add_argument("--minutes", type=float, help="training time of target (66) or champion (12)")
+    parser.add_argument("--minutes", type=float, help="training time of target (66) or champion (15)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -76,8 +76,8 @@ def champion(args: argparse.Namespace) -> None:
     state = args.work / "champion"
     shutil.rmtree(state, ignore_errors=True)
     config = load(values={"state_dir": str(state), "engines_dir": str(HERE.parent)})
-    capture_domains(HERE, args.work / "corpus", config.state.lake, SEEN, requests_per_domain=160)
-    train_champion(config, state / "draft", args.minutes or 12.0)
+    capture_domains(HERE, args.work / "corpus", config.state.lake, SEEN, requests_per_domain=500)
+    train_champion(config, state / "draft", args.minutes or 15.0)
     for name in ("config.json", "model.safetensors", "provenance.json"):
         (HERE / "champion").mkdir(exist_ok=True)
         shutil.copy(state / "draft" / name, HERE / "champion" / name)

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.events import EngineEventData
+from dagster._utils.error import SerializableErrorInfo
 
 from tide_pipeline import recipes
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.definitions import defs
 from tide_pipeline.defs.adaptation import Adaptation, Request
-from tide_pipeline.defs.trainer import DagsterPipesExecutionError, after_a_failed_training, training_command, training_environment
+from tide_pipeline.defs.trainer import (
+    DagsterPipesExecutionError,
+    after_a_failed_training,
+    last_words_of,
+    training_command,
+    training_environment,
+)
 from tide_pipeline.errors import BuildError, SettingsError
 
 CHAMPION = EngineBuild("0123456789abcdef", "pocket", "embedded", "/builds/0123456789abcdef", "v3-11112222", "d" * 64, "e" * 64, 0.0)
@@ -70,3 +79,14 @@ def test_only_a_crash_is_tried_again(code: int, again: bool) -> None:
     end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"), "LakeError: empty")
     assert isinstance(end, dg.RetryRequested if again else dg.Failure)
     assert again or end.description == "LakeError: empty"
+
+
+def test_what_the_trainer_gave_as_its_reason() -> None:
+    """Pipes reports the exception that the process closed with as an engine event of the run."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(defs().resolve_job_def("adapt_draft"))
+        assert last_words_of(instance, run.run_id) == ""
+        said = SerializableErrorInfo("tide_pipeline.errors.NotEnoughSignals: 0 requests\nof it", ["a stack"], "NotEnoughSignals")
+        instance.report_engine_event("[pipes] external process pipes closed with exception", run, EngineEventData(error=said))
+        instance.report_engine_event("Finished steps in process", run, EngineEventData.in_process(1))
+        assert last_words_of(instance, run.run_id) == "tide_pipeline.errors.NotEnoughSignals: 0 requests"

@@ -19,6 +19,8 @@ from tide_pipeline.stack.local import LocalStack
 from tide_pipeline.stack.processes import STACK_ID
 from tide_pipeline.stack.runs import runs_of
 
+pytestmark = pytest.mark.e2e           # half a minute each on a quiet machine
+
 DEFINITIONS = """
     import os
     import dagster as dg

@@ -10,12 +10,12 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from tests.helpers import tiny_spec, write_tiny_target
 from typer.testing import CliRunner, Result
 
+from tests.helpers import tiny_spec, write_tiny_target
 from tide_pipeline import recipes
 from tide_pipeline.cli import app
 from tide_pipeline.cli.app import ORDER, Choice, hoist, parse_value
@@ -196,7 +196,7 @@ def test_rollout_asks_before_it_acts(state: StatePaths, monkeypatch: pytest.Monk
 class EchoClient:
     """Answers every prompt with three tokens, two of them drafted and accepted; refuses what holds an X."""
 
-    prompts: list[GenerationRequest] = []
+    prompts: ClassVar[list[GenerationRequest]] = []
 
     def __init__(self, url: str, model: str) -> None:
         assert model == "tiny"

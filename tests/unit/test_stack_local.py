@@ -41,13 +41,14 @@ def test_up_freezes_settings_with_the_chosen_ports(config: TideConfig) -> None:
     ports = [getattr(frozen.stack, name) for name in local.PORTS]
     assert len(set(ports)) == len(ports) and min(ports) > 0
     assert frozen.state_dir == str(config.state.root) and Path(frozen.engines_dir).is_absolute()
-    assert stack.urls() == {"triton": f"http://127.0.0.1:{frozen.stack.triton_http_port}", "dagster": stack.dagster_url, "mlflow": stack.mlflow_url}
+    assert stack.urls() == {"triton": stack.triton_url, "mlflow": stack.mlflow_url, "dagster": f"http://127.0.0.1:{frozen.stack.dagster_port}"}
     assert stack.config == frozen
 
 
 def test_the_environment_works_in_a_shell(config: TideConfig) -> None:
     stack = LocalStack.up(config, parts=())
-    done = subprocess.run(["sh", "-c", f". {shlex.quote(str(config.state.root / 'env.sh'))} && env"], capture_output=True, text=True, check=True)
+    script = f". {shlex.quote(str(config.state.root / 'env.sh'))} && env"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert found["TIDE_CONFIG"] == stack.record.config_file and found["TIDE_MLFLOW_URI"] == stack.mlflow_url
     assert found["TIDE_DAGSTER_DIR"] == str(config.state.dagster) and Path(found["DAGSTER_HOME"], "dagster.yaml").is_file()
@@ -121,7 +122,8 @@ def test_a_part_that_fails_takes_the_others_with_it(config: TideConfig, monkeypa
     begun = []
 
     def server(place: services.Place) -> Service:
-        return Service("mlflow", ["sh", "-c", "echo database is locked >&2; exit 1"], place.environment(), place.config.state.logs / "mlflow.log")
+        return Service("mlflow", ["sh", "-c", "echo database is locked >&2; exit 1"], place.environment(),
+                       place.config.state.logs / "mlflow.log")
 
     def starting(service: Service, *, bound: bool) -> local.ProcessRef:
         begun.append(start(Service("code", ["sleep", "60"], service.environment, service.log), bound=bound) if "dagster" in service.name
@@ -132,7 +134,7 @@ def test_a_part_that_fails_takes_the_others_with_it(config: TideConfig, monkeypa
     monkeypatch.setattr(local, "start", starting)
     monkeypatch.setattr(local.probes, "listens", lambda host, port: True)
     monkeypatch.setattr(local.probes, "definitions_are_loaded", lambda url: True)
-    with pytest.raises(StackError, match="mlflow ended while it started(.|\n)*database is locked"):
+    with pytest.raises(StackError, match=r"mlflow ended while it started(.|\n)*database is locked"):
         LocalStack.up(config, parts=("mlflow", "dagster"))
     assert len(begun) == 4 and not any(find(ref) for ref in begun)
     assert record.load(config.state) is None
@@ -163,7 +165,8 @@ def test_children_know_their_stack(config: TideConfig) -> None:
     stack = LocalStack.up(config, parts=())
     place = services.Place(stack.config, Path(stack.record.config_file), stack.record.stack_id)
     for service in (services.mlflow_server(place), services.replica(place), services.dagster_daemon(place), services.dagster_code(place)):
-        assert service.environment["TIDE_STACK_ID"] == stack.record.stack_id and service.environment["TIDE_CONFIG"] == stack.record.config_file
+        assert service.environment["TIDE_STACK_ID"] == stack.record.stack_id
+        assert service.environment["TIDE_CONFIG"] == stack.record.config_file
         assert service.environment["OMP_WAIT_POLICY"] == "passive" and service.log.parent == config.state.logs
     assert services.replica(place).nice == 0 < services.dagster_web(place).nice, "serving comes first"
     assert os.environ.get("TIDE_STACK_ID") is None

@@ -27,7 +27,8 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., ProcessRef]]:
     begun: list[ProcessRef] = []
 
     def begin(script: str, *, name: str = "child", nice: int = 0, tell_children: bool = False) -> ProcessRef:
-        service = Service(name, ["sh", "-c", script], {**os.environ, STACK_ID: MARK}, tmp_path / "logs" / f"{name}.log", nice, tell_children)
+        environment = {**os.environ, STACK_ID: MARK}
+        service = Service(name, ["sh", "-c", script], environment, tmp_path / "logs" / f"{name}.log", nice, tell_children)
         begun.append(start(service, bound=False))
         return begun[-1]
 
@@ -77,6 +78,12 @@ def test_a_child_that_ends_is_quoted(begin: Callable[..., ProcessRef]) -> None:
     text = str(caught.value)
     assert "mlflow ended while it started" in text and "bad port" in text and ref.log in text
     assert "line 50" in text and "line 20\n" not in text, "the end of the log, not all of it"
+
+
+def test_the_cause_of_an_error_is_quoted_too(begin: Callable[..., ProcessRef]) -> None:
+    ref = begin("echo 'ValueError: the cause'; for i in $(seq 1 30); do echo frame $i; done; echo 'LoadError: it failed'; exit 1")
+    with pytest.raises(StackError, match=r"ValueError: the cause(.|\n)*frame 30\n(.|\n)*LoadError: it failed"):
+        wait_until(lambda: False, ref, 20.0)
 
 
 def test_a_child_that_takes_too_long_names_the_setting(begin: Callable[..., ProcessRef]) -> None:

@@ -122,8 +122,8 @@ def traffic(
     stack = stack_of(config)
     found = load_prompts(prompts) if prompts else domain_prompts(config.engine_dir, domain or "")
     fitter = Fitter(config.engine_dir)
-    fitted = [dataclasses.replace(prompt, text=fitter.fit(prompt.text, prompt.max_tokens or max_tokens)) for prompt in found]
     count = None if repeat and requests is None else requests or len(found)
+    fitted = [dataclasses.replace(prompt, text=fitter.fit(prompt.text, prompt.max_tokens or max_tokens)) for prompt in found[:count]]
     tally = Tally(TritonClient(stack.triton_url, config.target))
     sender = Traffic(tally, itertools.islice(itertools.cycle(fitted), count), concurrency,          # type: ignore[arg-type]
                      TrafficDefaults(max_tokens, temperature, speculation, workload, tenant)).start()

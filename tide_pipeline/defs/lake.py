@@ -29,11 +29,10 @@ def look(config: TideConfig) -> list[dg.AssetObservation]:
 
     since, state = time.time() - HOUR_S, config.state
     now = live(config, config.drift.recent_s)
-    rates = {} if now.acceptance_length is None else {
-        "acceptance_length": now.acceptance_length, "first_position_rate": now.first_position_rate, "drafted_share": now.drafted_share}
+    rates = {"acceptance_length": now.acceptance_length, "first_position_rate": now.first_position_rate} if now.drafted_share > 0 else {}
     return [
         dg.AssetObservation("acceptance_log", metadata={
-            **rates, "tokens_per_s": now.tokens_per_s, "requests": now.requests,
+            **rates, "drafted_share": now.drafted_share, "tokens_per_s": now.tokens_per_s, "requests": now.requests,
             "bytes_last_hour": _bytes(state.acceptance, config.target, since)}),
         dg.AssetObservation("signal_windows", metadata={
             "rows_last_hour": _rows(state.signals, config.target, since), "bytes_last_hour": _bytes(state.signals, config.target, since)}),

@@ -15,8 +15,9 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
     from tide_pipeline.gate.run import run_gate
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
-    workload = adaptation.request().workload
-    report = run_gate(settings, adaptation.build(), served_build(settings, workload), workload=workload)
+    asked = adaptation.request()
+    report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
+                      focus_since=asked.focus_since)
     paired, new = report.paired, report.challenger_bench
     return dg.MaterializeResult(metadata={
         "passed": report.verdict.passed, "acceptance_length": paired.challenger, "champion_acceptance_length": paired.champion,

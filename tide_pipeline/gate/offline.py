@@ -51,14 +51,15 @@ def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_
                             int(focus["requests"]), int(focus["rows"]), by_workload)
 
 
-def held_out_states(config: TideConfig, workload: str, per_workload: int = 48) -> tuple[TargetHead, list[WindowStates]]:
+def held_out_states(config: TideConfig, workload: str, per_workload: int = 48, *,
+                    focus_since: float = 0.0) -> tuple[TargetHead, list[WindowStates]]:
     """What no draft may have been trained on: the newest `per_workload` held-out windows of each workload, and the target's head.
 
     Raises:
         NotEnoughSignals, EngineMismatch: as for training.
     """
     head = target_head_of(config)
-    return head, read_held_out(find_windows(config, workload, head.digest), head, per_workload)
+    return head, read_held_out(find_windows(config, workload, head.digest, focus_since=focus_since), head, per_workload)
 
 
 def _groups(replays: Mapping[str, Replay]) -> dict[str, list[str]]:

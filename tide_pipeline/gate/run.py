@@ -46,8 +46,10 @@ class GateReport:
 
 
 def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild | None, *, workload: str,
-             progress: Report = lambda stage, share: None) -> GateReport:
+             focus_since: float = 0.0, progress: Report = lambda stage, share: None) -> GateReport:
     """Judge `challenger` against `champion` (None: against no speculation) and save the report, whatever the verdict.
+
+    Windows of the workload from before `focus_since` are judged as a workload of their own: they must not lose either.
 
     Raises:
         NotEnoughSignals: no held-out requests of the workload to judge on.
@@ -56,7 +58,7 @@ def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild 
     torch.set_num_threads(config.serve.threads)
     spec = load_engine_spec(config.engine_dir)
     progress("acceptance", 0.0)
-    head, states = held_out_states(config, workload)
+    head, states = held_out_states(config, workload, focus_since=focus_since)
     paired = _offline(config, head, states, challenger, champion, workload)
     prompts = bench_prompts(config, spec, states, workload)
     builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ STACK_ID = "TIDE_STACK_ID"
 LEASH = Path(__file__).with_name("leash.py")
 PATIENCE_S = 30.0                  # Triton finishes what is in flight and its stub flushes the lake
 POLL_S = 0.1
+ERROR = re.compile(r"\s*[\w.]*(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def wait_until(is_ready: Callable[[], bool], ref: ProcessRef, timeout_s: float) 
 
 
 def said(ref: ProcessRef, lines: int = 12) -> str:
-    """The end of its log, and where the rest is."""
+    """The end of its log with the errors before it (Python tells the cause first), and where the rest is."""
     with contextlib.suppress(FileNotFoundError):
-        tail = [line for line in Path(ref.log).read_text(errors="replace").splitlines()[-200:] if line.strip()][-lines:]
+        last = [line for line in Path(ref.log).read_text(errors="replace").splitlines()[-300:] if line.strip()]
+        tail = [*[line for line in last[:-lines] if ERROR.match(line)][-3:], *last[-lines:]]
         return "\n  ".join(["its log ends with", *tail, f"all of it: {ref.log}"]) if tail else f"it said nothing ({ref.log} is empty)"
     return f"it has no log at {ref.log}"
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             viewers = _viewers(args, pipes)
             try:
                 checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
-                                         progress=lambda p: _show(viewers, p), should_stop=lambda: stop.asked)
+                                         focus_since=args.focus_since, progress=lambda p: _show(viewers, p), should_stop=lambda: stop.asked)
             finally:
                 for viewer in viewers:
                     viewer.close()
@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="folder of the new draft; an unfinished run in it is gone on with")
     parser.add_argument("--champion", type=Path, help="draft folder to start from (default: from scratch)")
     parser.add_argument("--parent", default="", help="the champion's version, for the lineage")
+    parser.add_argument("--focus-since", type=float, default=0.0,
+                        help="Unix seconds: earlier windows of the workload are replayed, not adapted to (default: all are new)")
     parser.add_argument("--config", type=Path, help="TOML settings (default: TIDE_CONFIG, else the recipe pocket_cpu)")
     parser.add_argument("--time-budget-s", type=float, help="overrides training.time_budget_s")
     parser.add_argument("--seed", type=int, help="overrides training.seed")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
@@ -21,6 +21,7 @@ from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import EngineMismatch, NotEnoughSignals
 from tide_pipeline.training.target_head import TargetHead
 
+EARLIER = " (earlier)"             # appended to the tag of a drifted workload's windows from before the drift
 MIN_ROWS = 8                       # of a window: shorter ones hold no chain worth training on
 
 
@@ -80,8 +81,12 @@ def split_windows(windows: Iterable[SignalWindow], workload: str, settings: Trai
     return split
 
 
-def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped: Path | None = None) -> WindowSplit:
+def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped: Path | None = None, *,
+                 focus_since: float = 0.0) -> WindowSplit:
     """The windows of `workload` and of all others, in the lake and in the shipped replay set.
+
+    Windows of `workload` closed before `focus_since` (Unix seconds) are what it looked like before it drifted: they count as
+    another workload, named `<workload> (earlier)`, for replay and for the gate's floor.
 
     Raises:
         NotEnoughSignals: no lake, or too few requests of `workload` to train on and to hold out.
@@ -95,7 +100,7 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     if stale and not found:
         raise EngineMismatch(f"all {stale} captured windows of {config.target!r} come from another engine build than {engine_digest} "
                              "(the target or its captured layers changed): capture again with the engine that serves now")
-    split = split_windows(found, workload, config.training)
+    split = split_windows([_dated(w, workload, focus_since) for w in found], workload, config.training)
     split.skipped.update(skipped)
     if stale:
         split.skipped["made by another engine"] += stale
@@ -140,6 +145,12 @@ def _read(windows: Sequence[SignalWindow], head: TargetHead, skipped: Counter[st
         else:
             kept.append(states)
     return sorted(kept, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
+
+
+def _dated(window: SignalWindow, workload: str, focus_since: float) -> SignalWindow:
+    if window.workload != workload or window.closed_at >= focus_since:
+        return window
+    return replace(window, workload=workload + EARLIER)
 
 
 def _list(root: Path, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:

@@ -43,8 +43,10 @@ class TrainingInterrupted(TrainingFailed):
 
 
 def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: Path | None = None, parent: str = "",
-                progress: Report = lambda _: None, should_stop: Callable[[], bool] = lambda: False) -> DraftCheckpoint:
-    """Train a draft for `workload`, warm-started from the `champion` folder; go on where an unfinished run in `out_dir` stopped.
+                focus_since: float = 0.0, progress: Report = lambda _: None, should_stop: Callable[[], bool] = lambda: False) -> DraftCheckpoint:
+    """Train a draft for `workload`, from the `champion` folder or from scratch; go on with an unfinished run in `out_dir`.
+
+    Windows of the workload from before `focus_since` (Unix seconds) are replay, not focus.
 
     Raises:
         NotEnoughSignals: too few windows, with the numbers.
@@ -57,10 +59,11 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
     progress(TrainProgress("loading", workload))
     head = target_head_of(config)
     parent = parent or (digest_draft(champion)[:12] if champion else "")
-    facts = {"workload": workload, "engine_digest": head.digest, "parent": parent, "settings": dataclasses.asdict(settings)}
+    facts = {"workload": workload, "engine_digest": head.digest, "parent": parent, "focus_since": focus_since,
+             "settings": dataclasses.asdict(settings)}
     split = load_run(out_dir, facts)
     if split is None:
-        split = find_windows(config, workload, head.digest)
+        split = find_windows(config, workload, head.digest, focus_since=focus_since)
         save_run(out_dir, facts, split)
     data = read_training_set(split, head)
     run = Run(config, workload, out_dir, head.to(settings.device), data, _start(champion, head, data, settings), progress, should_stop)

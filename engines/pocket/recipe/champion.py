@@ -24,7 +24,7 @@ def capture_domains(engine_dir: Path, corpus_dir: Path, lake: Path, seen: tuple[
     """Serve corpus prompts without speculation and capture everything; one request in four samples at 0.8."""
     spec = load_engine_spec(engine_dir)
     recorder = Recorder(CaptureSettings(mode="on"), spec.name, lake, "maker")
-    engine = EmbeddedEngine(engine_dir / spec.model, spec, ServeSettings(queue_size=100_000), SpeculationSettings(), recorder)
+    engine = EmbeddedEngine(engine_dir / spec.model, spec, ServeSettings(queue_size=100_000, max_batch=32), SpeculationSettings(), recorder)
     tokenizer = Tokenizer.from_file(str(engine_dir / spec.model / "tokenizer.json"))
     engine.start()
     rng = random.Random(seed)
