@@ -20,7 +20,7 @@ def pocket_cpu() -> TideConfig:
 
 def pocket_demo() -> TideConfig:
     """`tide demo`: the same with windows short enough to see everything in five minutes."""
-    return override(pocket_cpu(), {"drift": {"recent_s": 20.0, "cooldown_s": 30.0}})
+    return override(pocket_cpu(), {"state_dir": str(project_root() / ".tide" / "demo"), "drift": {"recent_s": 20.0, "cooldown_s": 30.0}})
 
 
 def pocket_ci() -> TideConfig:

@@ -60,12 +60,12 @@ def test_every_attempt_has_its_own_key() -> None:
 
 
 def test_the_memory_survives_a_cursor() -> None:
-    memory = Memory(12.5, {"code": Episode(2, 1, NOW, "v1", NOW)})
+    memory = Memory(13.0, 12.5, {"code": Episode(2, 1, NOW, "v1", NOW)})
     assert Memory.from_cursor(memory.to_cursor()) == memory
     assert Memory.from_cursor(None) == Memory.from_cursor("") == Memory()
 
 
-@pytest.mark.parametrize("cursor", ["{", "[]", "17", '{"episodes": []}', '{"observed_at": 1, "episodes": {"a": {"wrong": 1}}}', "null"])
+@pytest.mark.parametrize("cursor", ["{", "[]", "17", '{"episodes": []}', '{"looked_at": 1, "observed_at": 1, "episodes": {"a": {"wrong": 1}}}', "null"])
 def test_a_foreign_cursor_is_told_apart(cursor: str) -> None:
     with pytest.raises(ValueError):
         Memory.from_cursor(cursor)

@@ -36,11 +36,13 @@ def demo(
 
     [bold]tide demo --json figures.json --keep[/bold]
     """
-    from tide_pipeline.stack.demo import run_demo
+    from tide_pipeline.stack.demo import DemoPlan, run_demo
 
-    config = settings_of(ctx, fresh=True, recipe="pocket_demo" if budget is Budget.FULL else "pocket_ci")
+    short = budget is Budget.SHORT
+    config = settings_of(ctx, fresh=True, recipe="pocket_ci" if short else "pocket_demo")
     with orderly():
-        raise typer.Exit(run_demo(config, json_file=json_file, report_file=report, keep=keep))
+        plan = DemoPlan.short() if short else DemoPlan()
+        raise typer.Exit(run_demo(config, plan=plan, json_file=json_file, report_file=report, keep=keep))
 
 
 @app.command(rich_help_panel=STACK)

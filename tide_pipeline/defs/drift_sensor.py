@@ -30,6 +30,8 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
 
     config, now = tide.settings(), time.time()
     memory = _remember(context)
+    if now - memory.looked_at < config.stack.sensor_interval_s:      # slower than the tick, which is fixed before settings are read
+        return dg.SensorResult(skip_reason=f"looked less than {config.stack.sensor_interval_s} s ago", cursor=context.cursor)
     verdicts = judge_drift(config, now)
     running = adaptation_under_way(context.instance, config.target)
     episodes = memory.episodes | {v.workload: _episode(context.instance, memory, v, running, now, config) for v in verdicts}
@@ -41,7 +43,7 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
     return dg.SensorResult(
         run_requests=[_request(config, chosen, episodes[chosen.workload])] if chosen else [],
         skip_reason=None if chosen else reason,
-        cursor=Memory(now if is_due else memory.observed_at, episodes).to_cursor(),
+        cursor=Memory(now, now if is_due else memory.observed_at, episodes).to_cursor(),
         asset_events=look(config) if is_due else [])
 
 

@@ -32,6 +32,7 @@ class Episode:
 class Memory:
     """The sensor's cursor."""
 
+    looked_at: float = 0.0         # Unix seconds
     observed_at: float = 0.0
     episodes: dict[str, Episode] = field(default_factory=dict)
 
@@ -46,7 +47,7 @@ class Memory:
         try:
             values = json.loads(cursor)
             episodes = {str(workload): from_dict(Episode, episode) for workload, episode in values["episodes"].items()}
-            return cls(float(values["observed_at"]), episodes)
+            return cls(float(values["looked_at"]), float(values["observed_at"]), episodes)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no cursor of the drift sensor: {error!r}") from error
 

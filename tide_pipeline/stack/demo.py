@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from tide_pipeline.deployment.record import DeploymentRecord, read_observed
 from tide_pipeline.drift.judge import judge_drift
 from tide_pipeline.drift.series import live
 from tide_pipeline.engine.text import TextCodec
-from tide_pipeline.errors import TideError
+from tide_pipeline.errors import StackError, TideError
 from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.stack.local import LocalStack
@@ -37,6 +38,7 @@ from tide_pipeline.stack.traffic import Traffic, TrafficDefaults
 from tide_pipeline.stack.view import ViewState, render
 from tide_pipeline.workloads.prompts import Prompt, domain_prompts
 
+MARKER = "demo"                   # a file that says: this state directory is a demo's and may be emptied
 STEP_STAGES = {"draft_checkpoint": "train", "registered_draft": "register", "draft_engine": "build", "benchmark_report": "gate",
                "live_draft": "roll out"}
 
@@ -45,8 +47,8 @@ STEP_STAGES = {"draft_checkpoint": "train", "registered_draft": "register", "dra
 class DemoPlan:
     """How long the demo's parts are."""
 
-    healthy: str = "py"
-    shifted: str = "de"
+    healthy: str = "c"
+    shifted: str = "html"
     warm_requests: int = 32           # healthy traffic before measuring
     measured_prompts: int = 18
     measured_tokens: int = 64
@@ -55,6 +57,11 @@ class DemoPlan:
     while_adapting: int = 2           # in flight while the pipeline works
     collect_timeout_s: float = 240.0
     adapt_timeout_s: float = 420.0
+
+    @staticmethod
+    def short() -> DemoPlan:
+        """As the end-to-end test plays it: enough to see the loop close, too little to quote."""
+        return DemoPlan(warm_requests=24, measured_prompts=6, measured_tokens=32, collect_timeout_s=420.0, adapt_timeout_s=600.0)
 
 
 class StageFailed(TideError):
@@ -252,11 +259,29 @@ class Demo:
         self.last_error = sent.last_error or self.last_error
 
 
+def begin_anew(config: TideConfig) -> None:
+    """An empty state directory: the demo begins with the shipped draft. Only what an earlier demo left is removed.
+
+    Raises:
+        StackError: a stack is up there, or the directory holds something else.
+    """
+    root = config.state.root
+    if LocalStack.running(config.state) is not None:
+        raise StackError(f"a stack is up in {root}: stop it with `tide down --state {root}`, or give the demo another --state")
+    if root.is_dir() and any(root.iterdir()):
+        if not (root / MARKER).exists():
+            raise StackError(f"{root} holds data that is no demo's: give the demo another --state, it begins with an empty one")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
+
+
 def run_demo(config: TideConfig, *, plan: DemoPlan | None = None, json_file: Path | None = None, report_file: Path | None = None,
              keep: bool = False, console: Console | None = None) -> int:
     """Play the demo; 0 when the loop closed with no failed request, 1 with the stage that did not."""
     console = console or Console()
-    stack = LocalStack.up(config, say=lambda line: console.print(line, highlight=False))
+    begin_anew(config)
+    stack = LocalStack.up(config, say=lambda line: console.print(line, highlight=False), bound=not keep)
     try:
         for name, url in stack.urls().items():
             console.print(f"  {name:8s} {url}")

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from tide_pipeline import recipes
 from tide_pipeline.config import StatePaths, TideConfig, override, project_root
-from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import StackError
 from tide_pipeline.provenance import write_atomic
 from tide_pipeline.serve.process import choose_ports
@@ -140,7 +139,6 @@ class _Starter:
         mlflow = self._start(services.mlflow_server(self.place)) if "mlflow" in parts else None
         if "dagster" in parts:
             code, web = self._start(services.dagster_code(self.place)), self._start(services.dagster_web(self.place))
-        is_first = DeploymentRecord(self.state.deployments, self.config.target).latest() is None
         replica = self._replica() if "replica" in parts else None
         if "dagster" in parts:
             self._await_dagster(code, web)
@@ -150,7 +148,7 @@ class _Starter:
         if replica is not None:
             wait_until(lambda: probes.supervisor_is_ready(self.place.replica_state_file), replica, self.timeout_s)
             self._ready("triton", began)
-            if mlflow is not None and is_first:
+            if mlflow is not None:
                 self._register_shipped()
         if "dagster" in parts:
             daemon = self.record.processes[-1]
@@ -181,14 +179,19 @@ class _Starter:
         self._start(services.dagster_daemon(self.place))
 
     def _register_shipped(self) -> None:
-        """Serving needs no registry: a failure is told and gone on from."""
+        """Once per state directory. Serving needs no registry: a failure is told and gone on from."""
+        done = self.state.mlflow / f"{self.config.target}.shipped"
+        if done.exists():
+            return
         service = services.registrar(self.place)
         ref = start(service, bound=self.bound)
         gives_up = time.monotonic() + self.timeout_s
         while find(ref) is not None and time.monotonic() < gives_up:
             time.sleep(0.2)
         stop([ref], "")
-        if services.REGISTERED not in Path(ref.log).read_text(errors="replace"):
+        if services.REGISTERED in Path(ref.log).read_text(errors="replace"):
+            done.touch()
+        else:
             self.say(f"the shipped draft is not registered in MLflow: {said(ref)}")
 
     def _ready(self, name: str, began: float) -> None:
