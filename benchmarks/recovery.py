@@ -106,7 +106,7 @@ def main() -> None:
     result["capture_new"] = capture(config, stale, new[: args.requests], args.domain)
     print(json.dumps(result, indent=1), flush=True)
     checkpoint = train_draft(config, workload=args.domain, out_dir=state / "adapted" / "draft", champion=state / "stale" / "draft",
-                             progress=lambda p: print(p.text() if int(p.elapsed_s) % 10 == 0 else "", end="\r", flush=True))
+                             progress=lambda p: print(p.text, end="\r", flush=True))
     result["offline_acceptance_length"] = checkpoint.acceptance_length
     result["training_steps"] = checkpoint.steps
     builds = {"stale": stale, "adapted": draft_build(probe.digest, state / "adapted", "adapted")}

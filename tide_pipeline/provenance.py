@@ -70,7 +70,10 @@ def birth_certificate(**facts: Any) -> dict[str, Any]:
 @functools.cache
 def _git_sha() -> str:
     root = Path(__file__).resolve().parent.parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:                                        # no git in the image
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

@@ -15,12 +15,14 @@ from tide_pipeline.errors import SettingsError
 def pocket_cpu() -> TideConfig:
     """The embedded engine on the pocket target: one core serves, the other trains."""
     root = project_root()
-    return TideConfig(engine="pocket", engines_dir=str(root / "engines"), state_dir=str(root / ".tide"))
+    config = TideConfig(engine="pocket", engines_dir=str(root / "engines"), state_dir=str(root / ".tide"))
+    return override(config, {"training": {"draft_vocab_size": 2048, "learning_rate": 2e-3}, "speculation": {"survival_window": 80}})
 
 
 def pocket_demo() -> TideConfig:
     """`tide demo`: the same with windows short enough to see everything in five minutes."""
-    return override(pocket_cpu(), {"state_dir": str(project_root() / ".tide" / "demo"), "drift": {"recent_s": 20.0, "cooldown_s": 30.0}})
+    return override(pocket_cpu(), {"state_dir": str(project_root() / ".tide" / "demo"),
+                                   "drift": {"recent_s": 25.0, "min_drop": 0.08, "cooldown_s": 30.0}})
 
 
 def pocket_ci() -> TideConfig:

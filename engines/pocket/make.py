@@ -13,6 +13,7 @@ Intermediate files go to .work/ (never committed); results go into this folder.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -78,9 +79,12 @@ def champion(args: argparse.Namespace) -> None:
     config = load(values={"state_dir": str(state), "engines_dir": str(HERE.parent)})
     capture_domains(HERE, args.work / "corpus", config.state.lake, SEEN, requests_per_domain=500)
     train_champion(config, state / "draft", args.minutes or 15.0)
-    for name in ("config.json", "model.safetensors", "provenance.json"):
-        (HERE / "champion").mkdir(exist_ok=True)
+    (HERE / "champion").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
         shutil.copy(state / "draft" / name, HERE / "champion" / name)
+    born = json.loads((state / "draft" / "provenance.json").read_text())
+    born = {key: value for key, value in born.items() if key not in ("shards", "curve")}     # the scratch lake is gone after this
+    (HERE / "champion" / "provenance.json").write_text(json.dumps(born, indent=2) + "\n")
 
 
 def card(args: argparse.Namespace) -> None:

@@ -65,7 +65,8 @@ def test_the_memory_survives_a_cursor() -> None:
     assert Memory.from_cursor(None) == Memory.from_cursor("") == Memory()
 
 
-@pytest.mark.parametrize("cursor", ["{", "[]", "17", '{"episodes": []}', '{"looked_at": 1, "observed_at": 1, "episodes": {"a": {"wrong": 1}}}', "null"])
+@pytest.mark.parametrize("cursor", [
+    "{", "[]", "17", "null", '{"episodes": []}', '{"looked_at": 1, "observed_at": 1, "episodes": {"a": {"wrong": 1}}}'])
 def test_a_foreign_cursor_is_told_apart(cursor: str) -> None:
     with pytest.raises(ValueError):
         Memory.from_cursor(cursor)

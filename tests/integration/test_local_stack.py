@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -12,8 +15,11 @@ import httpx
 import psutil
 import pytest
 
+from tests.helpers import tiny_spec, write_tiny_target
 from tide_pipeline import recipes
+from tide_pipeline.config import StackSettings
 from tide_pipeline.errors import StackError
+from tide_pipeline.serve.process import choose_ports
 from tide_pipeline.stack import services
 from tide_pipeline.stack.local import LocalStack
 from tide_pipeline.stack.processes import STACK_ID
@@ -87,3 +93,41 @@ def test_definitions_that_do_not_load_are_quoted(tmp_path: Path, monkeypatch: py
     with pytest.raises(StackError, match="no such asset"):
         LocalStack.up(config, parts=("dagster",), definitions="broken_definitions")
     assert LocalStack.running(config.state) is None
+
+
+def test_the_whole_stack_in_the_foreground(tmp_path: Path) -> None:
+    """What docker-compose.yml runs: every part, a fixed port, traffic, SIGTERM, nothing left."""
+    state, engines, tide = tmp_path / "state", write_engine(tmp_path / "engines"), str(Path(sys.executable).with_name("tide"))
+    shared = ["--state", str(state), "--set", f"engines_dir={json.dumps(str(engines))}", "--set", 'engine="tiny"']
+    port = choose_ports(StackSettings(), ("triton_http_port",))[0]
+    with (tmp_path / "up.log").open("w") as log:
+        stack = subprocess.Popen([tide, "up", "--foreground", *shared, "--set", 'stack.host="0.0.0.0"',
+                                  "--set", f"stack.triton_http_port={port}"], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        gives_up = time.monotonic() + 300
+        while "tide down" not in (tmp_path / "up.log").read_text():
+            assert stack.poll() is None and time.monotonic() < gives_up, (tmp_path / "up.log").read_text()
+            time.sleep(0.5)
+        status = json.loads(subprocess.check_output([tide, "status", "--json", "--state", str(state)]))
+        assert status["up"] and status["target"] == "tiny" and status["urls"]["triton"] == f"http://127.0.0.1:{port}"
+        sent = json.loads(subprocess.check_output([tide, "traffic", "--state", str(state), "--domain", "ab", "--requests", "12",
+                                                   "--max-tokens", "8", "--json"]))
+        assert sent["finished"] == 12 and sent["failed"] == 0 and sent["output_tokens"] == 96
+        stack_id = json.loads((state / "stack.json").read_text())["stack_id"]
+        stack.terminate()
+        assert stack.wait(120) == 0, (tmp_path / "up.log").read_text()
+        assert family(stack_id) == [] and not (state / "stack.json").exists()
+    finally:
+        stack.kill()
+        stack.wait()
+
+
+def write_engine(engines: Path) -> Path:
+    """engines/tiny: a tiny target without a draft, and prompts of domain "ab"."""
+    folder = engines / "tiny"
+    write_tiny_target(folder / "target")
+    spec = dataclasses.asdict(tiny_spec())
+    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in spec.items()))
+    (folder / "prompts").mkdir()
+    (folder / "prompts" / "ab.jsonl").write_text("".join(json.dumps({"prompt": "abc " * n}) + "\n" for n in range(1, 9)))
+    return engines

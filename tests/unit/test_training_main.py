@@ -15,7 +15,6 @@ from tests.fakes_training import captured, open_target, tiny_engine, to_lake
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.recipes import freeze
 
-
 PATIENCE_S = 300                   # a busy machine starts a process slowly
 
 

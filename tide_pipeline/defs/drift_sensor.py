@@ -30,7 +30,7 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
 
     config, now = tide.settings(), time.time()
     memory = _remember(context)
-    if now - memory.looked_at < config.stack.sensor_interval_s:      # slower than the tick, which is fixed before settings are read
+    if 0 <= now - memory.looked_at < config.stack.sensor_interval_s:     # slower than the tick, which is fixed before settings are read
         return dg.SensorResult(skip_reason=f"looked less than {config.stack.sensor_interval_s} s ago", cursor=context.cursor)
     verdicts = judge_drift(config, now)
     running = adaptation_under_way(context.instance, config.target)

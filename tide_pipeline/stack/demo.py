@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -30,7 +31,7 @@ from tide_pipeline.engine.text import TextCodec
 from tide_pipeline.errors import StackError, TideError
 from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.client import TritonClient
-from tide_pipeline.stack.local import LocalStack
+from tide_pipeline.stack.local import LocalStack, down
 from tide_pipeline.stack.measure import PhaseMeasurement, measure_phase
 from tide_pipeline.stack.outcome import DemoOutcome, print_outcome, report_of
 from tide_pipeline.stack.runs import RunView, runs_of
@@ -47,11 +48,11 @@ STEP_STAGES = {"draft_checkpoint": "train", "registered_draft": "register", "dra
 class DemoPlan:
     """How long the demo's parts are."""
 
-    healthy: str = "c"
+    healthy: str = "en"
     shifted: str = "html"
     warm_requests: int = 32           # healthy traffic before measuring
-    measured_prompts: int = 18
-    measured_tokens: int = 64
+    measured_prompts: int = 16
+    measured_tokens: int = 96
     sampled_share: int = 3            # every third measured prompt also at temperature 0.8
     concurrency: int = 8
     while_adapting: int = 2           # in flight while the pipeline works
@@ -271,6 +272,8 @@ def begin_anew(config: TideConfig) -> None:
     if root.is_dir() and any(root.iterdir()):
         if not (root / MARKER).exists():
             raise StackError(f"{root} holds data that is no demo's: give the demo another --state, it begins with an empty one")
+        with contextlib.suppress(StackError):
+            down(config.state)                                     # what is left of a stack that died half-way
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()

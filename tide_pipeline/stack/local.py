@@ -174,7 +174,7 @@ class _Starter:
     def _await_dagster(self, code: ProcessRef, web: ProcessRef) -> None:
         """The daemon comes last: two processes that create the database at once break it, and the daemon looks for code once a minute."""
         stack = self.config.stack
-        wait_until(lambda: probes.listens(stack.host, stack.dagster_code_port), code, self.timeout_s)
+        wait_until(lambda: probes.listens(self.place.near, stack.dagster_code_port), code, self.timeout_s)
         wait_until(lambda: probes.definitions_are_loaded(self.place.urls["dagster"]), web, self.timeout_s)
         self._start(services.dagster_daemon(self.place))
 

@@ -43,7 +43,8 @@ class TrainingInterrupted(TrainingFailed):
 
 
 def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: Path | None = None, parent: str = "",
-                focus_since: float = 0.0, progress: Report = lambda _: None, should_stop: Callable[[], bool] = lambda: False) -> DraftCheckpoint:
+                focus_since: float = 0.0, progress: Report = lambda _: None,
+                should_stop: Callable[[], bool] = lambda: False) -> DraftCheckpoint:
     """Train a draft for `workload`, from the `champion` folder or from scratch; go on with an unfinished run in `out_dir`.
 
     Windows of the workload from before `focus_since` (Unix seconds) are replay, not focus.

@@ -79,10 +79,10 @@ class MixtureLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z_MU: Tensor, mixture_MU: Tensor, weight_M: Tensor) -> Tensor:
-        z_MU = z_MU.float()
+        z_MU = z_MU.float() if z_MU.dtype != torch.float32 else z_MU.clone()
         lse_M1 = torch.logsumexp(z_MU, -1, keepdim=True)
         loss_M = lse_M1.squeeze(1) - torch.linalg.vecdot(mixture_MU, z_MU)
-        ctx.save_for_backward((z_MU - lse_M1).exp_().sub_(mixture_MU).mul_(weight_M.unsqueeze(1)))
+        ctx.save_for_backward(z_MU.sub_(lse_M1).exp_().sub_(mixture_MU).mul_(weight_M.unsqueeze(1)))
         total: Tensor = (weight_M * loss_M).sum()
         return total
 

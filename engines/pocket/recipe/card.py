@@ -51,5 +51,6 @@ def write_card(engine_dir: Path, work_dir: Path) -> None:
     (engine_dir / "card.json").write_text(json.dumps({"target": losses, "domains": rows}, indent=1) + "\n")
     template = (Path(__file__).parent / "card.md").read_text()
     table = "\n".join(f"| {d} | {r['loss']:.2f} | {r['looping']:.0%} | {r['acceptance_length']:.2f} | "
-                      f"{r['acceptance_length_non_looping']} | {r['compared']} / {r['ties']} / {r['mismatches']} |" for d, r in rows.items())
+                      f"{r['acceptance_length_non_looping']} | {r['compared']} / {r['ties']} / {r['mismatches']} |"
+                      for d, r in rows.items())
     (engine_dir / "README.md").write_text(template.replace("{{table}}", table).replace("{{tokens}}", f"{losses['tokens'] / 1e6:.1f}"))
