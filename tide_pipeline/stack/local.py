@@ -138,6 +138,8 @@ class _Starter:
         began = time.monotonic()
         mlflow = self._start(services.mlflow_server(self.place)) if "mlflow" in parts else None
         if "dagster" in parts:
+            if said_instead := self._run(services.dagster_storage(self.place), services.STORED):
+                raise StackError(f"Dagster's storage could not be created: {said_instead}")
             code, web = self._start(services.dagster_code(self.place)), self._start(services.dagster_web(self.place))
         replica = self._replica() if "replica" in parts else None
         if "dagster" in parts:
@@ -172,7 +174,7 @@ class _Starter:
         return self._start(services.replica(self.place))
 
     def _await_dagster(self, code: ProcessRef, web: ProcessRef) -> None:
-        """The daemon comes last: two processes that create the database at once break it, and the daemon looks for code once a minute."""
+        """The daemon comes last: it looks for code once a minute."""
         stack = self.config.stack
         wait_until(lambda: probes.listens(self.place.near, stack.dagster_code_port), code, self.timeout_s)
         wait_until(lambda: probes.definitions_are_loaded(self.place.urls["dagster"]), web, self.timeout_s)
@@ -183,16 +185,19 @@ class _Starter:
         done = self.state.mlflow / f"{self.config.target}.shipped"
         if done.exists():
             return
-        service = services.registrar(self.place)
+        if said_instead := self._run(services.registrar(self.place), services.REGISTERED):
+            self.say(f"the shipped draft is not registered in MLflow: {said_instead}")
+        else:
+            done.touch()
+
+    def _run(self, service: Service, success: str) -> str:
+        """A child that ends by itself. "" when its log says `success`, else what it says."""
         ref = start(service, bound=self.bound)
         gives_up = time.monotonic() + self.timeout_s
         while find(ref) is not None and time.monotonic() < gives_up:
             time.sleep(0.2)
         stop([ref], "")
-        if services.REGISTERED in Path(ref.log).read_text(errors="replace"):
-            done.touch()
-        else:
-            self.say(f"the shipped draft is not registered in MLflow: {said(ref)}")
+        return "" if success in Path(ref.log).read_text(errors="replace") else said(ref)
 
     def _ready(self, name: str, began: float) -> None:
         self.say(f"{name} is ready after {time.monotonic() - began:.0f} s: {self.place.urls[name]}")

@@ -24,6 +24,7 @@ from tide_pipeline.stack.processes import STACK_ID, Service
 DEFINITIONS = "tide_pipeline.definitions"
 LOCATION = "tide_pipeline"
 REGISTERED = "the shipped draft is registered"
+STORED = "the storage is there"
 POLITE = 10                        # niceness of everything that is not serving
 QUIET_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -95,6 +96,14 @@ def registrar(place: Place) -> Service:
     code = ("from tide_pipeline import recipes; from tide_pipeline.registry.shipped import register_shipped; "
             f"register_shipped(recipes.from_environment()); print({REGISTERED!r})")
     return Service("registrar", [sys.executable, "-c", code], place.environment(), place.config.state.logs / "registrar.log", POLITE)
+
+
+def dagster_storage(place: Place) -> Service:
+    """Ends by itself: Dagster's SQLite files, whole, before two processes would create them at once and break them."""
+    code = ("from dagster import DagsterInstance; i = DagsterInstance.get(); i.get_runs(limit=1); i.all_instigator_state(); "
+            f"i.event_log_storage.get_maximum_record_id(); i.dispose(); print({STORED!r})")
+    return Service("dagster_storage", [sys.executable, "-c", code], place.environment(), place.config.state.logs / "dagster_storage.log",
+                   POLITE)
 
 
 def dagster_code(place: Place) -> Service:
