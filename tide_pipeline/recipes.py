@@ -16,7 +16,8 @@ def pocket_cpu() -> TideConfig:
     """The embedded engine on the pocket target: one core serves, the other trains."""
     root = project_root()
     config = TideConfig(engine="pocket", engines_dir=str(root / "engines"), state_dir=str(root / ".tide"))
-    return override(config, {"training": {"draft_vocab_size": 2048, "learning_rate": 2e-3}, "speculation": {"survival_window": 80}})
+    return override(config, {"training": {"draft_vocab_size": 2048, "learning_rate": 2e-3, "batch_windows": 1, "time_budget_s": 105.0},
+                             "speculation": {"survival_window": 80}})
 
 
 def pocket_demo() -> TideConfig:

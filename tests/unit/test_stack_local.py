@@ -126,8 +126,10 @@ def test_a_part_that_fails_takes_the_others_with_it(config: TideConfig, monkeypa
                        place.config.state.logs / "mlflow.log")
 
     def starting(service: Service, *, bound: bool) -> local.ProcessRef:
-        begun.append(start(Service("code", ["sleep", "60"], service.environment, service.log), bound=bound) if "dagster" in service.name
-                     else start(service, bound=bound))
+        if "dagster" in service.name:
+            command = ["echo", services.STORED] if service.name == "dagster_storage" else ["sleep", "60"]
+            service = Service(service.name, command, service.environment, service.log)
+        begun.append(start(service, bound=bound))
         return begun[-1]
 
     monkeypatch.setattr(services, "mlflow_server", server)
@@ -136,7 +138,7 @@ def test_a_part_that_fails_takes_the_others_with_it(config: TideConfig, monkeypa
     monkeypatch.setattr(local.probes, "definitions_are_loaded", lambda url: True)
     with pytest.raises(StackError, match=r"mlflow ended while it started(.|\n)*database is locked"):
         LocalStack.up(config, parts=("mlflow", "dagster"))
-    assert len(begun) == 4 and not any(find(ref) for ref in begun)
+    assert len(begun) == 5 and not any(find(ref) for ref in begun)
     assert record.load(config.state) is None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WATCH_S = 0.5
+LAST_ACTS_S = 20.0
 SHM_PREFIX = "tide-"               # of the regions that our tritonservers make
 
 _last_acts: list[Callable[[], object]] = []
@@ -31,10 +32,16 @@ def _watch(parent: int) -> None:
     if _is_triton(parent):
         while os.getppid() == parent:
             time.sleep(WATCH_S)
-    for act in _last_acts:
-        act()
+    acting = threading.Thread(target=_act, name="tide-last-acts", daemon=True)
+    acting.start()
+    acting.join(LAST_ACTS_S)                   # a thread of ours may hang in a call to the server that is gone
     _remove_shared_memory()
     os._exit(1)
+
+
+def _act() -> None:
+    for act in _last_acts:
+        act()
 
 
 def _remove_shared_memory() -> None:

@@ -51,9 +51,9 @@ class DemoPlan:
     healthy: str = "en"
     shifted: str = "html"
     warm_requests: int = 32           # healthy traffic before measuring
-    measured_prompts: int = 16
+    measured_prompts: int = 20
     measured_tokens: int = 96
-    sampled_share: int = 3            # every third measured prompt also at temperature 0.8
+    sampled_share: int = 4            # every fourth measured prompt also at temperature 0.8
     concurrency: int = 8
     while_adapting: int = 2           # in flight while the pipeline works
     collect_timeout_s: float = 240.0
