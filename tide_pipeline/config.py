@@ -94,7 +94,7 @@ class TrainingSettings:
     checkpoint_every_s: float = 15.0
     max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
     seed: int = 0
-    optimizer: str = "muon"            # Muon for the layer's matrices and AdamW for the rest, or adamw for all
+    optimizer: str = "adamw"           # adamw, or muon: Muon for the layer's matrices, AdamW for the rest
     muon_learning_rate: float = 0.02
     warmup_steps: int = 20
     clip_norm: float = 1.0             # of the gradient; 0 is off

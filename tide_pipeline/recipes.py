@@ -16,7 +16,7 @@ def pocket_cpu() -> TideConfig:
     """The embedded engine on the pocket target: one core serves, the other trains."""
     root = project_root()
     config = TideConfig(engine="pocket", engines_dir=str(root / "engines"), state_dir=str(root / ".tide"))
-    return override(config, {"training": {"draft_vocab_size": 2048, "learning_rate": 2e-3, "batch_windows": 1, "time_budget_s": 105.0},
+    return override(config, {"training": {"draft_vocab_size": 2048, "time_budget_s": 90.0},
                              "speculation": {"survival_window": 80}})
 
 
@@ -29,7 +29,7 @@ def pocket_demo() -> TideConfig:
 def pocket_ci() -> TideConfig:
     """The demo on a short budget, for the end-to-end test."""
     return override(pocket_demo(), {"drift": {"min_signal_rows": 6_000, "min_steps": 80},
-                                    "training": {"time_budget_s": 25.0},
+                                    "training": {"time_budget_s": 25.0, "eval_share": 0.2},
                                     "gate": {"bench_prompts": 4, "bench_tokens": 32, "equivalence_prompts": 6},
                                     "rollout": {"bake_s": 3.0, "min_bake_steps": 10}})
 

@@ -1,7 +1,7 @@
 """Taps brought to about unit size while training. Knows windows and the draft's first matrix.
 
 A target's deep states are large and uneven: in the pocket target 13 to 27 on average and up to 440, channel by channel. Fed
-as they are, fc's output drowns what the draft's one layer adds, and learning takes twice the steps (docs/LOG.md). So each
+as they are, fc's output drowns what the draft's one layer adds, and learning takes twice the steps. So each
 channel is divided by a power of two near its size, and fc's columns are multiplied by it: exact both ways in bf16.
 """
 

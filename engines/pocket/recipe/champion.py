@@ -48,7 +48,8 @@ def capture_domains(engine_dir: Path, corpus_dir: Path, lake: Path, seen: tuple[
 
 def train_champion(config: TideConfig, out_dir: Path, minutes: float) -> None:
     """Train from scratch on everything captured."""
-    settings = {"training": {"time_budget_s": minutes * 60.0, "replay_share": 0.0, "max_windows": 100_000, "nice": 0}}
+    settings = {"training": {"time_budget_s": minutes * 60.0, "replay_share": 0.0, "max_windows": 100_000, "nice": 0,
+                             "optimizer": "muon", "train_lm_head": True, "draft_vocab_size": 2048}}
     checkpoint = train_draft(override(config, settings), workload="default", out_dir=out_dir, champion=None,
                              progress=lambda p: print(p, flush=True))
     print(checkpoint)

@@ -22,12 +22,14 @@ MIN_DISTINCT = 0.45               # share of different tokens: a prompt that rep
 
 
 def write_prompts(engine_dir: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """`prompts/<domain>.jsonl`, counts[domain] lines each."""
+    """`prompts/<domain>.jsonl`, counts[domain] lines each; a domain that is not named keeps its file."""
     spec = load_engine_spec(engine_dir)
     engine = EmbeddedEngine(engine_dir / spec.model, spec, ServeSettings(queue_size=10_000, max_batch=32), SpeculationSettings())
     engine.start()
     (engine_dir / "prompts").mkdir(exist_ok=True)
     for number, domain in enumerate(DOMAINS):
+        if domain not in counts:
+            continue
         documents = -(-counts[domain] * 150 // DOCUMENT_TOKENS)
         streams = [engine.submit(GenerationRequest(f"{domain}-{i}", DOMAIN_TOKENS[domain], SamplingParams(
             max_tokens=DOCUMENT_TOKENS, temperature=1.0, top_p=0.95, seed=seed + 1000 * number + i, ignore_eos=True),
