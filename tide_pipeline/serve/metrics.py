@@ -12,6 +12,7 @@ from typing import Any
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.engine.protocol import Engine, EngineStats
 from tide_pipeline.serve.agent import RECENT_S, DraftAgent
+from tide_pipeline.serve.orphan import is_orphan
 from tide_pipeline.serve.tally import Counts, Recent, TallySink
 
 COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
@@ -55,6 +56,8 @@ class Series:
         self._members: dict[tuple[tuple[str, str], ...], tuple[Any, float]] = {}
 
     def put(self, value: float, **labels: str) -> None:
+        if is_orphan():
+            return
         key = tuple(sorted(labels.items()))
         metric, before = self._members.get(key) or (self._family.Metric(labels={**self._labels, **labels}), 0.0)
         if self._is_counter:

@@ -27,7 +27,7 @@ from tide_pipeline.serve.agent import DraftAgent
 from tide_pipeline.serve.answer import ErrorKind, kind_of
 from tide_pipeline.serve.desk import Desk
 from tide_pipeline.serve.metrics import MetricsPublisher
-from tide_pipeline.serve.orphan import before_the_end
+from tide_pipeline.serve.orphan import before_the_end, is_orphan
 from tide_pipeline.serve.repository import CONFIG_PARAMETER, REPLICA_PARAMETER, handed_over
 from tide_pipeline.serve.request import parse_request
 from tide_pipeline.serve.tally import TallySink
@@ -130,7 +130,7 @@ class TritonPythonModel:
 
     def _watch(self) -> None:
         due = 0.0
-        while not self._stop.wait(SWEEP_S):
+        while not self._stop.wait(SWEEP_S) and not is_orphan():
             try:
                 self._desk.sweep()
                 if time.monotonic() >= due:

@@ -15,6 +15,7 @@ WATCH_S = 0.5
 LAST_ACTS_S = 20.0
 SHM_PREFIX = "tide-"               # of the regions that our tritonservers make
 
+_parent = 0                        # 0: nobody watches
 _last_acts: list[Callable[[], object]] = []
 
 
@@ -23,8 +24,15 @@ def before_the_end(act: Callable[[], object]) -> None:
     _last_acts.append(act)
 
 
+def is_orphan() -> bool:
+    """Whether the server is gone. Ask before calling it: a call to a server that is gone keeps Python's lock for ever."""
+    return _parent != 0 and os.getppid() != _parent
+
+
 def watch_parent() -> None:
     """From a thread of its own; the parent may have died before this call."""
+    global _parent
+    _parent = os.getppid()
     threading.Thread(target=_watch, args=(os.getppid(),), name="tide-parent-watch", daemon=True).start()
 
 
