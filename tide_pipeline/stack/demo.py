@@ -83,7 +83,6 @@ class Demo:
     began: float = field(default_factory=time.time)
     phases: list[PhaseMeasurement] = field(default_factory=list)
     failed: int = 0
-    last_error: str = ""
     stages_s: dict[str, float] = field(default_factory=dict)
     verdict: DriftVerdict | None = None
     run: RunView | None = None
@@ -259,7 +258,6 @@ class Demo:
     def _count(self, traffic: Traffic) -> None:
         sent = traffic.join()
         self.failed += sent.failed
-        self.last_error = sent.last_error or self.last_error
 
 
 def begin_anew(config: TideConfig) -> None:

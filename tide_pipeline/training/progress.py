@@ -64,19 +64,29 @@ class BarViewer:
         self.bar.stop()
 
 
+class Pace:
+    """Due at each change of stage, and every few seconds within one."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._last, self._stage = every_s, 0.0, ""
+
+    def is_due(self, stage: str) -> bool:
+        now = time.monotonic()
+        if stage == self._stage and now - self._last < self._every_s:
+            return False
+        self._last, self._stage = now, stage
+        return True
+
+
 class LineViewer:
     """A line at each change of stage, and every few seconds."""
 
     def __init__(self, say: Callable[[str], None], every_s: float = 5.0) -> None:
-        self.say, self.every_s = say, every_s
-        self.last, self.stage = 0.0, ""
+        self.say, self._pace = say, Pace(every_s)
 
     def show(self, progress: TrainProgress) -> None:
-        now = time.monotonic()
-        if progress.stage == self.stage and now - self.last < self.every_s:
-            return
-        self.last, self.stage = now, progress.stage
-        self.say(progress.text)
+        if self._pace.is_due(progress.stage):
+            self.say(progress.text)
 
     def close(self) -> None: ...
 
@@ -85,14 +95,10 @@ class FileViewer:
     """`progress.json`, whole at any moment, rewritten once a second and at each change of stage."""
 
     def __init__(self, path: Path, every_s: float = 1.0) -> None:
-        self.path, self.every_s = path, every_s
-        self.last, self.stage = 0.0, ""
+        self.path, self._pace = path, Pace(every_s)
 
     def show(self, progress: TrainProgress) -> None:
-        now = time.monotonic()
-        if progress.stage == self.stage and now - self.last < self.every_s:
-            return
-        self.last, self.stage = now, progress.stage
-        write_json(self.path, {**dataclasses.asdict(progress), "at": time.time()})
+        if self._pace.is_due(progress.stage):
+            write_json(self.path, {**dataclasses.asdict(progress), "at": time.time()})
 
     def close(self) -> None: ...
