@@ -2,7 +2,7 @@
 
     python engines/pocket/make.py corpus      # text from ordinary packages on this machine   (1 min)
     python engines/pocket/make.py tokenizer   # byte-level BPE of 4,096                        (1 min)
-    python engines/pocket/make.py target      # the Llama itself                               (--minutes 66, both cores)
+    python engines/pocket/make.py target      # the Llama itself                               (--minutes 120, both cores)
     python engines/pocket/make.py prompts     # the target writes the prompts that ship        (10 min)
     python engines/pocket/make.py champion    # capture, train the first draft                 (20 min)
     python engines/pocket/make.py card        # losses, looping share, acceptance -> README.md (5 min)
@@ -31,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="+", choices=["corpus", "tokenizer", "target", "prompts", "champion", "card"])
     parser.add_argument("--work", type=Path, default=ROOT / ".work")
-    parser.add_argument("--minutes", type=float, help="training time of target (66) or champion (15)")
+    parser.add_argument("--minutes", type=float, help="training time of target (120) or champion (15)")
+    parser.add_argument("--resume", action="store_true", help="target: go on from WORK/target.safetensors instead of from random weights")
+    parser.add_argument("--seed", type=int, default=0, help="target: which windows are drawn (another one for every resume)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -59,14 +61,15 @@ def target(args: argparse.Namespace) -> None:
     from recipe.export import export_target
     from recipe.target import TargetSchedule, train_target
 
-    train_target(args.work / "corpus", args.work, TargetSchedule(minutes=args.minutes or TargetSchedule.minutes))
+    plan = TargetSchedule(minutes=args.minutes or TargetSchedule.minutes, seed=args.seed)
+    train_target(args.work / "corpus", args.work, plan, resume=args.resume)
     export_target(args.work / "target.safetensors", args.work / "tokenizer.json", HERE / "target")
 
 
 def prompts(args: argparse.Namespace) -> None:
     from recipe.prompts import write_prompts
 
-    write_prompts(HERE, PROMPTS)
+    write_prompts(HERE, args.work / "corpus", PROMPTS)
 
 
 def champion(args: argparse.Namespace) -> None:

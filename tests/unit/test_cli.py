@@ -90,7 +90,7 @@ def test_config_prints_what_config_reads(tmp_path: Path, state: StatePaths) -> N
     (tmp_path / "mine.toml").write_text(shown.stdout)
     again = tide("config", "--config", str(tmp_path / "mine.toml"))
     assert again.stdout == shown.stdout
-    assert json.loads(tide("config", "--json", "--recipe", "pocket_ci").stdout)["training"]["time_budget_s"] == 25.0
+    assert json.loads(tide("config", "--json", "--recipe", "pocket_ci").stdout)["training"]["time_budget_s"] == recipes.load("pocket_ci").training.time_budget_s
 
 
 def test_shared_options_stand_anywhere() -> None:

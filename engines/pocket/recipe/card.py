@@ -18,7 +18,7 @@ from tide_pipeline.workloads.prompts import domain_prompts
 
 from .corpus import DOMAINS
 
-PROMPTS = 24
+PROMPTS = 40
 TOKENS = 96
 
 
