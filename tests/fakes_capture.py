@@ -53,7 +53,8 @@ class FakeEngine:
     def open(self, request_id: str, prompt_tokens: int, *, workload: str = "prose", tenant: str = "acme",
              sampling: SamplingParams | None = None) -> None:
         self.positions[request_id] = 0
-        self.recorder.on_open(RequestOpened(request_id, workload, tenant, prompt_tokens, sampling or SamplingParams(), "auto"))
+        prompt = tuple(token_at(request_id, p) for p in range(prompt_tokens))
+        self.recorder.on_open(RequestOpened(request_id, workload, tenant, prompt, sampling or SamplingParams(), "auto"))
 
     def prefill(self, request_id: str, rows: int, *, last: bool = True, lost: bool = False, told: bool = True) -> None:
         emitted = 1 if last else 0

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
-from tide_pipeline.capture.windows import ClosedWindow
+from tide_pipeline.capture.windows import ClosedWindow, prompt_digest
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
 from tide_pipeline.contracts import SamplingParams, SignalWindow
@@ -92,7 +92,8 @@ def captured(target: Target, workload: str, requests: int, *, prompt: int = 8, o
     rows, tokens = prompt + output, torch.cat(ids, dim=1)
     taps_BTG, final_BTD = torch.cat(all_taps, dim=1).bfloat16(), torch.cat(all_final, dim=1).bfloat16()
     return [WindowStates(
-        SignalWindow("memory://", b, f"{workload}-{seed}-{b}", "default", workload, "none", target.digest, 0, rows, prompt, 0.0, float(b)),
+        SignalWindow("memory://", b, f"{workload}-{seed}-{b}", "default", workload, "none", target.digest, 0, rows, prompt,
+                     prompt_digest(prompts[b].tolist()), 0.0, float(b)),
         tokens[b].clone(), taps_BTG[b].clone(), final_BTD[b].clone() if with_final else None) for b in range(requests)]
 
 
@@ -104,8 +105,8 @@ def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None =
         s = w.window
         assert writer.offer_window(ClosedWindow(
             s.request_id, s.tenant, s.workload, s.draft_version, s.engine_digest, "auto", SamplingParams(temperature=s.temperature),
-            s.num_prompt_tokens, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3, w.final_TD is not None,
-            s.closed_at))
+            s.num_prompt_tokens, s.prompt_digest, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3,
+            w.final_TD is not None, s.closed_at))
     assert writer.flush()
     writer.close()
 
@@ -125,5 +126,5 @@ def random_draft(shape: TargetShape, num_taps: int = 3, seed: int = 0, vocabular
 def made_up(request_id: str, rows: int, start_pos: int = 0) -> WindowStates:
     """A window whose numbers tell where they come from; no target made it."""
     base = start_pos + torch.arange(rows + 1)
-    window = SignalWindow("memory://", 0, request_id, "default", "de", "none", "none", start_pos, rows, 4, 0.0, 0.0)
+    window = SignalWindow("memory://", 0, request_id, "default", "de", "none", "none", start_pos, rows, 4, request_id, 0.0, 0.0)
     return WindowStates(window, base * 7 % 61, base[:rows, None].repeat(1, 6).bfloat16(), base[:rows, None].repeat(1, 2).bfloat16())

@@ -89,7 +89,7 @@ class TrainingSettings:
     soft_share: float = 0.5            # weight of the soft (KL) loss; the rest is hard CE
     step_decay: float = 0.9            # loss weight per TTT step
     replay_share: float = 0.4          # of batches, from the replay set (other workloads, older windows)
-    eval_share: float = 0.12           # of requests, held out by request
+    eval_share: float = 0.12           # of prompts, held out with all their requests
     eval_every_s: float = 10.0
     checkpoint_every_s: float = 15.0
     max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
@@ -101,7 +101,7 @@ class TrainingSettings:
     autocast: bool = True              # bf16 products; the residual stream, the loss and the weights stay fp32
     train_lm_head: bool = False        # false keeps the target's own: as good at this scale, and cheaper
     draft_vocab_size: int = 0          # most frequent tokens of the windows; 0 is the target's whole vocabulary
-    min_requests: int = 8              # of the drifted workload, held-out ones included
+    min_prompts: int = 8               # different ones of the drifted workload, held-out ones included
     eval_windows: int = 32             # held-out windows replayed at each evaluation
     eval_every_steps: int = 0          # evaluate by steps instead of by time: with time_budget_s = 0 a run is then exact
 
@@ -113,7 +113,7 @@ class GateSettings:
     draft_length: int = 3
     min_gain: float = 0.05             # acceptance length, lower end of the 95 % interval, on the drifted workload
     max_workload_loss: float = 0.15    # acceptance length, any other workload
-    min_requests: int = 8
+    min_prompts: int = 8               # different held-out ones; a workload with fewer is not judged
     bootstrap: int = 1_000
     bench_prompts: int = 8
     bench_tokens: int = 48

@@ -122,9 +122,13 @@ class RequestOpened:
     request_id: str
     workload: str
     tenant: str
-    num_prompt_tokens: int
+    prompt_ids: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams
     speculation: str
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,7 @@ class SignalWindow:
     start_pos: int
     num_rows: int                  # captured rows; the window has num_rows + 1 token ids
     num_prompt_tokens: int
+    prompt_digest: str = field(repr=False)     # of the request's whole prompt; user data, as prompts can be guessed from it
     temperature: float
     closed_at: float
 
@@ -257,14 +262,14 @@ class BenchmarkReport:
 
 @dataclass(frozen=True, slots=True)
 class PairedAcceptance:
-    """Champion and challenger replayed on the same held-out windows; intervals by cluster bootstrap over requests."""
+    """Champion and challenger replayed on the same held-out windows; intervals by cluster bootstrap over prompts."""
 
     champion: float
     challenger: float
     gain: float
     gain_low: float
     gain_high: float
-    requests: int
+    prompts: int
     rows: int
     by_workload: dict[str, dict[str, float]] = field(default_factory=dict)
 

@@ -30,7 +30,7 @@ def pocket_ci() -> TideConfig:
     """The demo on a short budget, for the end-to-end test: it shows that the loop closes; its gate is too loose to prove a draft."""
     return override(pocket_demo(), {"drift": {"min_signal_rows": 8_000, "min_steps": 100, "min_drop": 0.03},
                                     "training": {"time_budget_s": 40.0, "eval_share": 0.2},
-                                    "gate": {"min_gain": -0.5, "min_requests": 3, "max_workload_loss": 1.0, "min_speedup_ratio": 0.5,
+                                    "gate": {"min_gain": -0.5, "min_prompts": 3, "max_workload_loss": 1.0, "min_speedup_ratio": 0.5,
                                              "bench_prompts": 4, "bench_tokens": 32, "equivalence_prompts": 6},
                                     "rollout": {"bake_s": 3.0, "min_bake_steps": 10, "max_drop": 0.3}})
 

@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore::Warning:mlflow.*"), pytest.mar
               pytest.mark.filterwarnings("ignore::ResourceWarning"),
               pytest.mark.filterwarnings("ignore:Function `PipesMessageReader.expected_writer_count`")]     # Dagster warns about itself
 
-SHORT = {"training": {"time_budget_s": 0.0, "max_steps": 24, "eval_every_steps": 12, "learning_rate": 0.01, "min_requests": 4,
+SHORT = {"training": {"time_budget_s": 0.0, "max_steps": 24, "eval_every_steps": 12, "learning_rate": 0.01, "min_prompts": 4,
                       "eval_share": 0.25, "nice": 0},
-         "gate": {"min_gain": -9.0, "max_workload_loss": 9.0, "min_speedup_ratio": 0.0, "min_requests": 2, "bootstrap": 50,
+         "gate": {"min_gain": -9.0, "max_workload_loss": 9.0, "min_speedup_ratio": 0.0, "min_prompts": 2, "bootstrap": 50,
                   "bench_prompts": 2, "bench_tokens": 16, "equivalence_prompts": 2},
          "rollout": {"min_bake_steps": 30, "max_drop": 0.9}}
 ORDER = ["draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, make_recorder, make_ring, states_of, token_at
 from tide_pipeline.capture.reader import WindowStates, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.capture.windows import prompt_digest
 from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import FinishReason, RequestClosed, RequestOpened, SamplingParams, StepEvent, StepKind
 
@@ -64,6 +66,32 @@ def test_a_request_becomes_one_window(recorder: Recorder, tmp_path: Path) -> Non
     assert row["rejected"] == [{"position": 9, "token": token_at("r1", 9) + 1}]
     assert row["sampling"]["seed"] == -1                 # the bits of 2**64 - 1
     assert recorder.stats()["captured_tokens"] == 10
+
+
+def test_every_window_has_the_digest_of_the_whole_prompt(tmp_path: Path) -> None:
+    """However the prompt was chunked, whatever of it was captured, and whoever asked: equal prompts, equal digests."""
+    recorder = make_recorder(tmp_path, max_window_rows=4)
+    engine = FakeEngine(recorder)
+    prompt = tuple(token_at("whole", p) for p in range(9))
+    for name in ("whole", "chunked", "lost", "unseen"):
+        engine.positions[name] = 0
+        recorder.on_open(RequestOpened(name, name, name, prompt, SamplingParams(), "auto"))
+    engine.prefill("whole", 9)
+    for rows in (4, 4, 1):
+        engine.prefill("chunked", rows, last=rows == 1)
+    engine.prefill("lost", 9, lost=True)
+    engine.prefill("unseen", 9, told=False)
+    for name in ("whole", "chunked", "lost", "unseen"):
+        engine.step(name, 2, 3)
+        engine.close(name)
+    engine.run("shorter", 8)
+    recorder.close()
+    found: dict[str, set[str]] = {}
+    for states in read_all(tmp_path):
+        found.setdefault(states.window.request_id, set()).add(states.window.prompt_digest)
+    assert found["whole"] == found["chunked"] == found["lost"] == found["unseen"] == {prompt_digest(prompt)}
+    assert len(found) == 5 and found["shorter"].isdisjoint(found["whole"])
+    assert prompt_digest((1, 2)) == hashlib.sha256(b"\1\0\0\0\2\0\0\0").hexdigest()[:32], "anyone can compute it again"
 
 
 def test_requests_interleave(recorder: Recorder, tmp_path: Path) -> None:
@@ -246,7 +274,7 @@ def test_events_before_attach_are_harmless(tmp_path: Path) -> None:
 
 
 def _opened(request_id: str) -> RequestOpened:
-    return RequestOpened(request_id, "prose", "acme", 3, SamplingParams(), "auto")
+    return RequestOpened(request_id, "prose", "acme", (1, 2, 3), SamplingParams(), "auto")
 
 
 def _closed(request_id: str) -> RequestClosed:

@@ -15,7 +15,7 @@ from tide_pipeline.contracts import BenchmarkReport, GateVerdict, PairedAcceptan
 from tide_pipeline.gate.judge import DOORS, benchmark_door, equivalence_door, judge, offline_door, speed_ratio
 
 SETTINGS = GateSettings()
-GOOD = PairedAcceptance(1.8, 3.0, 1.2, 0.9, 1.5, 20, 4_000, {"de": {"gain": 1.2, "requests": 20, "champion_first_position": 0.4}})
+GOOD = PairedAcceptance(1.8, 3.0, 1.2, 0.9, 1.5, 20, 4_000, {"de": {"gain": 1.2, "prompts": 20, "champion_first_position": 0.4}})
 
 
 def bench(speedup: float = 1.5, width: float = 0.1, **over: object) -> BenchmarkReport:
@@ -40,7 +40,7 @@ def test_a_better_draft_passes_every_door() -> None:
 @pytest.mark.parametrize(("change", "says"), [
     ({"gain_low": 0.049}, "lower end is below 0.05"),
     ({"gain_low": math.nan}, "lower end is below"),
-    ({"requests": 7}, "7 held-out requests, at least 8"),
+    ({"prompts": 7}, "7 held-out prompts, at least 8"),
 ])
 def test_a_gain_that_is_not_certain_is_refused(change: dict[str, float], says: str) -> None:
     door = offline_door(dataclasses.replace(GOOD, **change), SETTINGS, "de")  # type: ignore[arg-type]
@@ -48,14 +48,14 @@ def test_a_gain_that_is_not_certain_is_refused(change: dict[str, float], says: s
 
 
 def test_no_other_workload_may_lose() -> None:
-    def with_py(gain: float, requests: int = 12) -> PairedAcceptance:
-        return dataclasses.replace(GOOD, by_workload={"py": {"gain": gain, "requests": requests}, "de": {"gain": -9.0, "requests": 20}})
+    def with_py(gain: float, prompts: int = 12) -> PairedAcceptance:
+        return dataclasses.replace(GOOD, by_workload={"py": {"gain": gain, "prompts": prompts}, "de": {"gain": -9.0, "prompts": 20}})
 
     lost = offline_door(with_py(-0.16), SETTINGS, "de")
     assert not lost["passed"] and "py -0.16" in lost["reason"] and lost["worst_other_gain"] == -0.16
     assert not offline_door(with_py(math.nan), SETTINGS, "de")["passed"]
     assert offline_door(with_py(-0.14), SETTINGS, "de")["passed"]
-    few = offline_door(with_py(-0.9, requests=7), SETTINGS, "de")
+    few = offline_door(with_py(-0.9, prompts=7), SETTINGS, "de")
     assert few["passed"] and few["unjudged_workloads"] == ["py"]
 
 
@@ -110,11 +110,11 @@ anything = st.one_of(st.floats(), st.just(math.nan))
 
 
 @given(anything, anything, st.integers(0, 50), anything, anything, st.integers(0, 20), st.integers(0, 3))
-def test_a_verdict_is_its_doors(gain_low: float, other: float, requests: int, speedup: float, low: float, prompts: int, wrong: int) -> None:
-    paired = dataclasses.replace(GOOD, gain_low=gain_low, requests=requests, by_workload={"py": {"gain": other, "requests": 9}})
-    found = verdict(paired, bench(), bench(speedup, 0.0, speedup_low=low, prompts=prompts, mismatches=wrong))
+def test_a_verdict_is_its_doors(gain_low: float, other: float, prompts: int, speedup: float, low: float, timed: int, wrong: int) -> None:
+    paired = dataclasses.replace(GOOD, gain_low=gain_low, prompts=prompts, by_workload={"py": {"gain": other, "prompts": 9}})
+    found = verdict(paired, bench(), bench(speedup, 0.0, speedup_low=low, prompts=timed, mismatches=wrong))
     assert found.passed == all(door["passed"] for door in found.doors.values())
     assert all(isinstance(door["passed"], bool) and door["reason"] for door in found.doors.values())
     if found.passed:
-        assert gain_low >= SETTINGS.min_gain and requests >= 8 and other >= -SETTINGS.max_workload_loss and prompts >= 4 and not wrong
+        assert gain_low >= SETTINGS.min_gain and prompts >= 8 and other >= -SETTINGS.max_workload_loss and timed >= 4 and not wrong
         assert low <= speedup

@@ -68,7 +68,8 @@ def test_batched_replay_equals_the_slow_walk(target: Target, draft_length: int, 
     total = 0
     for w in windows:
         steps, by_position = slow_walk(draft, target, w, draft_length)
-        assert (found[w.window.request_id].steps, list(found[w.window.request_id].accepted)) == (steps, by_position)
+        one = found[w.window.workload, False, w.window.prompt_digest]
+        assert (one.steps, list(one.accepted)) == (steps, by_position)
         total += sum(by_position)
     assert reduced or total > 10                                                 # the comparison is about something
 
@@ -80,7 +81,8 @@ def test_a_windows_start_and_the_requests_other_windows_are_counted(target: Targ
     head = WindowStates(dataclasses.replace(w.window, num_rows=16), w.token_ids[:17], w.taps_TG[:16], w.final_TD[:16])
     tail = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=20), w.token_ids[16:], w.taps_TG[16:], w.final_TD[16:])
     draft = some_good_draft(target)
-    a, b, both = (replay_acceptance(draft, target.embedding_VD, part, 3)["py-0-0"] for part in ([head], [tail], [head, tail]))
+    a, b, both = (one for part in ([head], [tail], [head, tail])
+                  for one in replay_acceptance(draft, target.embedding_VD, part, 3).values())
     assert both.steps == a.steps + b.steps and both.rows == 36
     assert replay_acceptance(draft, target.embedding_VD, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
 
@@ -89,7 +91,7 @@ def test_equal_drafts_gain_nothing_and_a_better_one_gains(target: Target) -> Non
     windows = captured(target, "py", 12, output=40) + captured(target, "de", 12, output=40, seed=1)
     good, bad, settings = some_good_draft(target), random_draft(target.shape, seed=5), GateSettings(bootstrap=200)
     same = paired_acceptance(good, good, target.embedding_VD, windows, settings, "de")
-    assert same.gain == same.gain_low == same.gain_high == 0 and same.requests == 12
+    assert same.gain == same.gain_low == same.gain_high == 0 and same.prompts == 12
     better = paired_acceptance(bad, good, target.embedding_VD, windows, settings, "de")
     assert better.gain_low > 0 and better.gain_low <= better.gain <= better.gain_high
     assert set(better.by_workload) == {"py", "de"} and better.by_workload["de"]["gain"] == better.gain
@@ -104,19 +106,39 @@ def test_sampled_requests_stand_apart_from_greedy_ones(target: Target) -> None:
            for i, w in enumerate(captured(target, "py", 3, seed=4))]
     draft, settings = some_good_draft(target), GateSettings(bootstrap=50)
     both = paired_acceptance(draft, draft, target.embedding_VD, windows + hot, settings, "py")
-    assert both.requests == 4 and both.by_workload["py (sampled)"]["requests"] == 3
-    assert paired_acceptance(draft, draft, target.embedding_VD, hot, settings, "py").requests == 3
+    assert both.prompts == 4 and both.by_workload["py (sampled)"]["prompts"] == 3
+    assert paired_acceptance(draft, draft, target.embedding_VD, hot, settings, "py").prompts == 3
+
+
+def test_a_prompt_counts_once_however_often_it_was_asked(target: Target) -> None:
+    """Ten requests of each prompt are no better evidence than one: same gain, same interval, same number of prompts."""
+    windows = captured(target, "py", 8, output=40)
+    often = [dataclasses.replace(w, window=dataclasses.replace(w.window, request_id=f"{w.window.request_id}-{n}"))
+             for n in range(10) for w in windows]
+    good, bad, settings = some_good_draft(target), random_draft(target.shape, seed=5), GateSettings(bootstrap=200)
+    once, ten_times = (paired_acceptance(bad, good, target.embedding_VD, part, settings, "py") for part in (windows, often))
+    assert once.gain_low < once.gain_high and once.prompts == ten_times.prompts == 8 and ten_times.rows == 10 * once.rows
+    assert (once.gain, once.gain_low, once.gain_high) == pytest.approx((ten_times.gain, ten_times.gain_low, ten_times.gain_high))
+
+
+def test_a_prompt_of_two_workloads_counts_in_each(target: Target) -> None:
+    windows = captured(target, "py", 4)
+    both = windows + [dataclasses.replace(w, window=dataclasses.replace(w.window, workload="de", temperature=0.8)) for w in windows]
+    draft = some_good_draft(target)
+    found = paired_acceptance(draft, draft, target.embedding_VD, both, GateSettings(bootstrap=50), "de")
+    assert {name: numbers["prompts"] for name, numbers in found.by_workload.items()} == {"py": 4, "de": 4}
 
 
 def test_the_interval_covers_the_truth_at_its_rate() -> None:
-    """Two drafts of the same quality over 24 requests: about 5 in 100 intervals may exclude zero, and half of those upward."""
+    """Two drafts of the same quality over 24 prompts: about 5 in 100 intervals may exclude zero, and half of those upward."""
     from tide_pipeline.gate.offline import _compare
     from tide_pipeline.training.acceptance import Replay
 
     rng, upward = np.random.default_rng(0), 0
     for trial in range(300):
-        rates = rng.uniform(0.4, 0.9, 24)                                        # requests differ more than steps do
-        a, b = ({str(i): Replay(str(i), "w", 0.0, 30, (int(rng.binomial(30, r)),), 90) for i, r in enumerate(rates)} for _ in range(2))
+        rates = rng.uniform(0.4, 0.9, 24)                                        # prompts differ more than steps do
+        a, b = ({("w", False, str(i)): Replay(str(i), "w", 0.0, 30, (int(rng.binomial(30, r)),), 90) for i, r in enumerate(rates)}
+                for _ in range(2))
         upward += _compare(a, b, list(a), 200, trial)["gain_low"] > 0
     assert upward / 300 < 0.05
 

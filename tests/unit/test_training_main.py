@@ -22,7 +22,7 @@ PATIENCE_S = 300                   # a busy machine starts a process slowly
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("main")
     config: TideConfig = override(tiny_engine(root), {"training": {
-        "time_budget_s": 2.0, "eval_share": 0.25, "eval_every_s": 0.5, "window_rows": 48, "nice": 1, "min_requests": 4}})
+        "time_budget_s": 2.0, "eval_share": 0.25, "eval_every_s": 0.5, "window_rows": 48, "nice": 1, "min_prompts": 4}})
     to_lake(config, captured(open_target(config), "de", 16))
     freeze(config, root / "tide.toml")
     return root / "tide.toml"

@@ -63,7 +63,8 @@ def _signals_table(windows: Sequence[ClosedWindow]) -> Any:
             bf16_bytes(window.rows_TW[:, width_G:], final.cell(i))
         digests.append(window_digest(window.token_ids, taps.cell(i), final.cell(i) if window.with_final else None))
     columns: dict[str, Any] = {name: [_text(getattr(w, name)) for w in windows]
-                               for name in ("request_id", "tenant", "workload", "draft_version", "engine_digest", "speculation")}
+                               for name in ("request_id", "tenant", "workload", "draft_version", "engine_digest", "speculation",
+                                            "prompt_digest")}
     columns |= {name: [getattr(w, name) for w in windows]
                 for name in ("start_pos", "num_rows", "num_prompt_tokens", "token_ids", "hidden_size", "num_taps")}
     columns |= {

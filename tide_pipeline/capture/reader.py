@@ -29,7 +29,7 @@ __all__ = ["WindowIndex", "WindowStates", "count_rows", "list_windows", "live_sh
 _log = logging.getLogger(__name__)
 
 _SMALL = ("schema_version", "request_id", "tenant", "workload", "draft_version", "engine_digest", "start_pos", "num_rows",
-          "num_prompt_tokens", "sampling", "closed_at")
+          "num_prompt_tokens", "prompt_digest", "sampling", "closed_at")
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "taps", "final", "digest")
 
 
@@ -140,7 +140,8 @@ def _windows_of(uri: str, target: str, inode: int, mtime_ns: int) -> tuple[Signa
         uri=uri, row=row, request_id=columns["request_id"][row], tenant=columns["tenant"][row], workload=columns["workload"][row],
         draft_version=columns["draft_version"][row], engine_digest=columns["engine_digest"][row], start_pos=columns["start_pos"][row],
         num_rows=columns["num_rows"][row], num_prompt_tokens=columns["num_prompt_tokens"][row],
-        temperature=columns["sampling"][row]["temperature"], closed_at=columns["closed_at"][row].timestamp(),
+        prompt_digest=columns["prompt_digest"][row], temperature=columns["sampling"][row]["temperature"],
+        closed_at=columns["closed_at"][row].timestamp(),
     ) for row in range(len(columns["schema_version"])))
 
 

@@ -7,12 +7,14 @@ A row that was not captured ends the window before it. A window whose following 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tide_pipeline.capture.schema import token_bytes
 from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, StepKind
 
 MAX_ROWS = 1024                    # of one window; a longer request becomes several
@@ -31,6 +33,7 @@ class ClosedWindow:
     speculation: str
     sampling: SamplingParams
     num_prompt_tokens: int
+    prompt_digest: str
     start_pos: int
     token_ids: list[int]           # T + 1
     rejected: list[tuple[int, int]]
@@ -69,6 +72,7 @@ class WindowAssembler:
     def __init__(self, opened: RequestOpened, shape: RowShape, emit: Callable[[ClosedWindow], object],
                  clock: Callable[[], float], max_rows: int = MAX_ROWS) -> None:
         self._opened, self._shape, self._emit, self._clock, self._max_rows = opened, shape, emit, clock, max_rows
+        self._prompt_digest = prompt_digest(opened.prompt_ids)
         self._draft_version = ""
         self._rows_CW = torch.empty(0, shape.width, dtype=torch.bfloat16)
         self._start, self._end = 0, 0              # positions of the open window: [start, end)
@@ -107,9 +111,10 @@ class WindowAssembler:
                 request_id=self._opened.request_id, tenant=self._opened.tenant, workload=self._opened.workload,
                 draft_version=self._draft_version, engine_digest=self._shape.engine_digest, speculation=self._opened.speculation,
                 sampling=self._opened.sampling, num_prompt_tokens=self._opened.num_prompt_tokens,
-                start_pos=self._start, token_ids=tokens, rejected=[r for r in self._rejected if r[0] <= last],
-                rows_TW=self._rows_CW[:num_rows], hidden_size=self._shape.hidden_size, num_taps=self._shape.num_taps,
-                with_final=self._shape.with_final, closed_at=self._clock()))
+                prompt_digest=self._prompt_digest, start_pos=self._start, token_ids=tokens,
+                rejected=[r for r in self._rejected if r[0] <= last], rows_TW=self._rows_CW[:num_rows],
+                hidden_size=self._shape.hidden_size, num_taps=self._shape.num_taps, with_final=self._shape.with_final,
+                closed_at=self._clock()))
         self._rows_CW = self._rows_CW[:0]          # the closed window keeps the memory
         self._tokens, self._rejected, self._follower = [], [], None
 
@@ -136,6 +141,11 @@ class WindowAssembler:
         grown_CW = torch.empty(size, self._shape.width, dtype=torch.bfloat16)
         grown_CW[:fill] = self._rows_CW[:fill]
         self._rows_CW = grown_CW
+
+
+def prompt_digest(prompt_ids: Sequence[int]) -> str:
+    """32 hex digits: the first half of the SHA-256 over the prompt's int32 tokens. The same prompt has the same one, everywhere."""
+    return hashlib.sha256(token_bytes(prompt_ids)).hexdigest()[:32]
 
 
 def _follower(event: StepEvent) -> int | None:

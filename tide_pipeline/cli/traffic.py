@@ -1,4 +1,4 @@
-"""tide traffic: prompts of a file or of a shipped domain, over HTTP to the stack that is up."""
+"""tide traffic: prompts of a file or of shipped domains, over HTTP to the stack that is up."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ import typer
 
 from tide_pipeline.cli.app import STAGES, JsonFlag, Workload, app, console, orderly, print_json, settings_of, stack_of
 from tide_pipeline.errors import InvalidRequest
+from tide_pipeline.workloads.scenarios import Shape
 
 if TYPE_CHECKING:
     from tide_pipeline.contracts import GenerationRequest
     from tide_pipeline.serve.client import GenerationResult, TritonClient
     from tide_pipeline.stack.traffic import Traffic
+    from tide_pipeline.workloads.prompts import Prompt
 
 SHOW_EVERY_S = 0.5
 LINE_EVERY_S = 10.0                # where no terminal is attached
 PROMPTS_HELP = 'One {"prompt": "..."} a line; "tenant", "workload", "max_tokens" and "temperature" may stand beside it.'
+SCENARIO_HELP = "How traffic changes: not at all, at once in the middle, bit by bit, or in turn and back again, each domain twice."
 
 
 @dataclass
@@ -95,9 +98,12 @@ def traffic(
     ctx: typer.Context,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=PROMPTS_HELP)] = None,
     domain: Annotated[str | None, typer.Option(metavar="NAME", help="Prompts that ship with the engine, such as en, de, py.")] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="How many to send; prompts are used again when they run out. "
-                                                 "Default: each prompt once.")] = None,
-    repeat: Annotated[bool, typer.Option("--repeat", help="Go on until Ctrl-C.")] = False,
+    scenario: Annotated[Shape, typer.Option(help=SCENARIO_HELP)] = Shape.STEADY,
+    to: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Shipped domain that traffic changes to; "
+                                                 "recurring traffic takes several: repeat the option.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="How many to send, and how long a scenario is; prompts are used again when "
+                                                 "they run out. Default: as many as there are prompts.")] = None,
+    repeat: Annotated[bool, typer.Option("--repeat", help="Go on until Ctrl-C: as the scenario ended; recurring goes round.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 8,
     speculation: Annotated[str, typer.Option(help="auto, off, or a fixed draft length.")] = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 96,
@@ -111,21 +117,26 @@ def traffic(
     Prompts that are too long lose their beginning. Exit code 1 when a request failed.
 
     [bold]tide traffic --prompts my.jsonl --repeat[/bold]   watch the system adapt to your own text
+
+    [bold]tide traffic --domain en --scenario gradual --to html --requests 240[/bold]   from one domain to another, bit by bit
     """
     from tide_pipeline.serve.client import TritonClient
     from tide_pipeline.stack.traffic import Traffic, TrafficDefaults
-    from tide_pipeline.workloads.prompts import domain_prompts, load_prompts
+    from tide_pipeline.workloads.scenarios import draw, scenario_of
 
     if (prompts is None) == (domain is None):
         raise InvalidRequest("say what to send: either --prompts FILE.jsonl or --domain NAME")
+    play = scenario_of(scenario, [domain or str(prompts), *(to or [])])
     config = settings_of(ctx)
     stack = stack_of(config)
-    found = load_prompts(prompts) if prompts else domain_prompts(config.engine_dir, domain or "")
+    found = _load(config.engine_dir, prompts, [*([domain] if domain else []), *(to or [])])
     fitter = Fitter(config.engine_dir)
-    count = None if repeat and requests is None else requests or len(found)
-    fitted = [dataclasses.replace(prompt, text=fitter.fit(prompt.text, prompt.max_tokens or max_tokens)) for prompt in found[:count]]
+    length = requests or sum(map(len, found.values()))
+    count = None if repeat and requests is None else length
+    fitted = {name: [dataclasses.replace(p, text=fitter.fit(p.text, p.max_tokens or max_tokens)) for p in several[:count]]
+              for name, several in found.items()}
     tally = Tally(TritonClient(stack.triton_url, config.target))
-    sender = Traffic(tally, itertools.islice(itertools.cycle(fitted), count), concurrency,          # type: ignore[arg-type]
+    sender = Traffic(tally, itertools.islice(draw(play, fitted, length), count), concurrency,       # type: ignore[arg-type]
                      TrafficDefaults(max_tokens, temperature, speculation, workload, tenant)).start()
     with orderly():
         _watch(sender, tally, count, quiet=as_json)
@@ -136,6 +147,13 @@ def traffic(
     else:
         _print_result(result)
     raise typer.Exit(1 if stats.failed else 0)
+
+
+def _load(engine_dir: Path, file: Path | None, domains: list[str]) -> dict[str, list[Prompt]]:
+    """What is sent, by the name that the scenario knows it by."""
+    from tide_pipeline.workloads.prompts import domain_prompts, load_prompts
+
+    return ({str(file): load_prompts(file)} if file else {}) | {name: domain_prompts(engine_dir, name) for name in domains}
 
 
 def _watch(sender: Traffic, tally: Tally, count: int | None, *, quiet: bool) -> None:

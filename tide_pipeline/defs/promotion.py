@@ -21,7 +21,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
     paired, new = report.paired, report.challenger_bench
     return dg.MaterializeResult(metadata={
         "passed": report.verdict.passed, "acceptance_length": paired.challenger, "champion_acceptance_length": paired.champion,
-        "gain": paired.gain, "gain_low": paired.gain_low, "gain_high": paired.gain_high, "held_out_requests": paired.requests,
+        "gain": paired.gain, "gain_low": paired.gain_low, "gain_high": paired.gain_high, "held_out_prompts": paired.prompts,
         "tokens_per_s": new.tokens_per_s, "speedup": new.speedup, "compared_tokens": new.compared_tokens, "ties": new.ties,
         "mismatches": new.mismatches, **({"champion_tokens_per_s": report.champion_bench.tokens_per_s} if report.champion_bench else {})})
 

@@ -1,7 +1,7 @@
 """The lake as SQL views in an in-memory DuckDB. Knows Parquet, SQL and which files may be read; decides nothing.
 
     acceptance   every column of docs/signals.md, and target, date, hour
-    signals      the same without what is prompt text (token_ids, rejected, taps, final); `with_text` brings it back
+    signals      the same without what tells of prompts (token_ids, prompt_digest, rejected, taps, final); `with_text` brings it back
     requests     one row per finished request
     drafts       one row per draft version
     skipped      shards that were left out, and why
@@ -27,7 +27,7 @@ from tide_pipeline.errors import InvalidRequest, LakeError
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
 
 SCHEMAS = {"acceptance": ACCEPTANCE_SCHEMA, "signals": SIGNALS_SCHEMA}
-TEXT_COLUMNS = ("token_ids", "rejected", "taps", "final")
+TEXT_COLUMNS = ("token_ids", "prompt_digest", "rejected", "taps", "final")
 PARTITIONS = {"target": "varchar", "date": "date", "hour": "integer"}
 VIEWS = ("acceptance", "signals", "requests", "drafts", "skipped")
 

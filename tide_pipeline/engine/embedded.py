@@ -179,8 +179,8 @@ class EmbeddedEngine:
             self._prefilling = active
             active.slot = self.serve.max_batch                    # the spare slot, until it joins the running ones
             how = active.request
-            self._sink(lambda: self.sink.on_open(RequestOpened(how.request_id, how.workload, how.tenant, active.num_prompt,
-                                                               how.sampling, how.speculation)))
+            self._sink(lambda: self.sink.on_open(RequestOpened(
+                how.request_id, how.workload, how.tenant, tuple(active.tokens[: active.num_prompt]), how.sampling, how.speculation)))
         active, began = self._prefilling, time.perf_counter()
         chunk = active.tokens[active.consumed : active.consumed + self.serve.prefill_chunk]
         positions = torch.arange(active.consumed, active.consumed + len(chunk)).unsqueeze(0)

@@ -1,6 +1,6 @@
 """Numbers in, verdict out. Pure: knows no files, no engine and no clock.
 
-    offline       acceptance on held-out requests of the drifted workload rises, and no other workload loses
+    offline       acceptance on held-out prompts of the drifted workload rises, and no other workload loses
     benchmark     the challenger is not slower than the champion (or, without one, than no speculation)
     equivalence   greedy output is the target's own
 A number that is missing or NaN opens no door.
@@ -32,29 +32,29 @@ def judge(*, paired: PairedAcceptance, champion: BenchmarkReport | None, challen
 
 
 def offline_door(paired: PairedAcceptance, settings: GateSettings, workload: str) -> Door:
-    """The lower end of the gain's interval must reach `min_gain`; a workload with too few requests to judge is only named."""
+    """The lower end of the gain's interval must reach `min_gain`; a workload with too few prompts to judge is only named."""
     judged, unjudged = {}, []
     for name, found in paired.by_workload.items():
         if name == workload:
             continue
-        if found.get("requests", 0.0) >= settings.min_requests:
+        if found.get("prompts", 0.0) >= settings.min_prompts:
             judged[name] = found.get("gain", math.nan)
         else:
             unjudged.append(name)
     losers = {name: gain for name, gain in judged.items() if not gain >= -settings.max_workload_loss}
-    enough, gained = paired.requests >= settings.min_requests, paired.gain_low >= settings.min_gain
+    enough, gained = paired.prompts >= settings.min_prompts, paired.gain_low >= settings.min_gain
     door = {"passed": enough and gained and not losers, "reason": "", **_numbers(paired), "min_gain": settings.min_gain,
             "worst_other_gain": min(judged.values(), default=0.0), "unjudged_workloads": unjudged}
     focus = paired.by_workload.get(workload, {})
     door |= {key: focus[key] for key in ("champion_first_position", "challenger_first_position") if key in focus}
     if not enough:
-        door["reason"] = f"{paired.requests} held-out requests, at least {settings.min_requests} are needed: capture more traffic"
+        door["reason"] = f"{paired.prompts} held-out prompts, at least {settings.min_prompts} are needed: capture more traffic"
     elif losers:
         lost = ", ".join(f"{name} {gain:+.2f}" for name, gain in losers.items())
         door["reason"] = f"acceptance length falls on other workloads by more than {settings.max_workload_loss:.2f}: {lost}"
     else:
         door["reason"] = (f"acceptance length {paired.champion:.2f} to {paired.challenger:.2f}, gain {paired.gain:+.2f} "
-                          f"[{paired.gain_low:+.2f}, {paired.gain_high:+.2f}] over {paired.requests} requests, "
+                          f"[{paired.gain_low:+.2f}, {paired.gain_high:+.2f}] over {paired.prompts} prompts, "
                           f"{'at least' if gained else 'its lower end is below'} {settings.min_gain:.2f}")
     return door
 

@@ -1,7 +1,8 @@
 """First door of the gate: champion and challenger replayed over the same held-out windows. Knows no engine and no verdict.
 
 Acceptance lengths are per simulated verification step (training/acceptance.py says how a window is walked). The interval of
-the gain comes from a bootstrap that draws whole requests: steps of one request are not independent.
+the gain comes from a bootstrap that draws whole prompts: steps of one request are not independent, nor are requests that
+repeat a prompt.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from tide_pipeline.training.target_head import TargetHead, target_head_of
 
 SAMPLED = " (sampled)"             # suffix of a workload's windows with temperature > 0, where it also has greedy ones
 
+Cluster = tuple[str, bool, str]    # workload, sampled or greedy, prompt digest
 
-def replay_acceptance(draft: Eagle3Draft, embedding_VD: Tensor, states: Iterable[WindowStates], draft_length: int) -> dict[str, Replay]:
-    """Request id -> its simulated steps and, per position, how many of them accepted the drafted token."""
-    found: dict[str, Replay] = {}
+
+def replay_acceptance(draft: Eagle3Draft, embedding_VD: Tensor, states: Iterable[WindowStates],
+                      draft_length: int) -> dict[Cluster, Replay]:
+    """Prompt by prompt, its simulated steps and, per position, how many of them accepted the drafted token."""
+    found: dict[Cluster, Replay] = {}
     for one in replay(draft, embedding_VD, states, draft_length):
-        found[one.request_id] = found[one.request_id] + one if one.request_id in found else one
+        cluster = one.workload, one.temperature > 0, one.prompt_digest
+        found[cluster] = found[cluster] + one if cluster in found else one
     return found
 
 
@@ -36,7 +41,7 @@ def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_
                       settings: GateSettings, focus_workload: str, seed: int = 0) -> PairedAcceptance:
     """The gain on the drifted workload with its 95 % interval, and the same for every workload in `states`.
 
-    Greedy requests count; a workload's sampled ones are listed beside them, and stand in where it has no greedy ones.
+    Greedy windows count; a workload's sampled ones are listed beside them, and stand in where it has no greedy ones.
 
     Raises:
         NotEnoughSignals: no held-out request of the drifted workload is long enough to hold a step.
@@ -48,7 +53,7 @@ def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_
                                f"tokens (held-out workloads: {', '.join(by_workload) or 'none'}): capture more before judging a draft")
     focus = by_workload[focus_workload]
     return PairedAcceptance(focus["champion"], focus["challenger"], focus["gain"], focus["gain_low"], focus["gain_high"],
-                            int(focus["requests"]), int(focus["rows"]), by_workload)
+                            int(focus["prompts"]), int(focus["rows"]), by_workload)
 
 
 def held_out_states(config: TideConfig, workload: str, per_workload: int = 48, *,
@@ -62,26 +67,29 @@ def held_out_states(config: TideConfig, workload: str, per_workload: int = 48, *
     return head, read_held_out(find_windows(config, workload, head.digest, focus_since=focus_since), head, per_workload)
 
 
-def _groups(replays: Mapping[str, Replay]) -> dict[str, list[str]]:
-    """Workload -> request ids, sampled ones apart where there are greedy ones too."""
-    greedy, sampled = ({r.workload for r in replays.values() if (r.temperature > 0) == hot} for hot in (False, True))
-    groups: dict[str, list[str]] = {}
-    for request_id, r in replays.items():
-        name = r.workload + SAMPLED if r.temperature > 0 and r.workload in greedy & sampled else r.workload
-        groups.setdefault(name, []).append(request_id)
+def _groups(clusters: Iterable[Cluster]) -> dict[str, list[Cluster]]:
+    """Workload -> its prompts, sampled ones apart where there are greedy ones too."""
+    clusters = list(clusters)
+    with_greedy = {workload for workload, is_sampled, _ in clusters if not is_sampled}
+    groups: dict[str, list[Cluster]] = {}
+    for cluster in clusters:
+        workload, is_sampled, _ = cluster
+        groups.setdefault(workload + SAMPLED if is_sampled and workload in with_greedy else workload, []).append(cluster)
     return groups
 
 
-def _compare(a: Mapping[str, Replay], b: Mapping[str, Replay], ids: Sequence[str], draws: int, seed: int) -> dict[str, float]:
-    chosen_SR = np.random.default_rng(seed).integers(0, len(ids), (draws, len(ids)))
-    champion, challenger = _steps([a[i] for i in ids]), _steps([b[i] for i in ids])
-    gains_S = _length(challenger, chosen_SR) - _length(champion, chosen_SR)
-    everyone_R = np.arange(len(ids))
+def _compare(a: Mapping[Cluster, Replay], b: Mapping[Cluster, Replay], prompts: Sequence[Cluster], draws: int,
+             seed: int) -> dict[str, float]:
+    champions, challengers = [a[p] for p in prompts], [b[p] for p in prompts]
+    chosen_SP = np.random.default_rng(seed).integers(0, len(prompts), (draws, len(prompts)))
+    champion, challenger = _steps(champions), _steps(challengers)
+    gains_S = _length(challenger, chosen_SP) - _length(champion, chosen_SP)
+    everyone_P = np.arange(len(prompts))
     low, high = np.quantile(gains_S, (0.025, 0.975))
-    was, now = float(_length(champion, everyone_R)), float(_length(challenger, everyone_R))
+    was, now = float(_length(champion, everyone_P)), float(_length(challenger, everyone_P))
     return {"champion": was, "challenger": now, "gain": now - was, "gain_low": float(low), "gain_high": float(high),
-            "champion_first_position": first_position(a[i] for i in ids), "challenger_first_position": first_position(b[i] for i in ids),
-            "requests": float(len(ids)), "rows": float(sum(a[i].rows for i in ids))}
+            "champion_first_position": first_position(champions), "challenger_first_position": first_position(challengers),
+            "prompts": float(len(prompts)), "rows": float(sum(r.rows for r in champions))}
 
 
 def first_position(replays: Iterable[Replay]) -> float:
@@ -91,12 +99,12 @@ def first_position(replays: Iterable[Replay]) -> float:
 
 
 def _steps(replays: Sequence[Replay]) -> NDArray[np.float64]:
-    """[2, R]: accepted tokens and steps of each request."""
+    """[2, P]: accepted tokens and steps of each prompt."""
     return np.array([[sum(r.accepted) for r in replays], [r.steps for r in replays]], dtype=np.float64)
 
 
-def _length(steps_2R: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Acceptance length over the chosen requests (last axis): per step, not per request."""
-    accepted, steps = steps_2R[:, chosen].sum(-1)
+def _length(steps_2P: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Acceptance length over the chosen prompts (last axis): per step, not per prompt."""
+    accepted, steps = steps_2P[:, chosen].sum(-1)
     lengths: NDArray[np.float64] = 1.0 + accepted / steps
     return lengths

@@ -1,6 +1,6 @@
 """Put a challenger before the gate: measure, judge, keep the report. Knows the lake and the engine; the verdict is judge.py's.
 
-Only held-out requests are used: their captured windows for acceptance, their prompts for the benchmark. The report holds
+Only held-out prompts are used: their captured windows for acceptance, themselves for the benchmark. The report holds
 numbers and digests, no prompt.
 """
 
@@ -99,7 +99,7 @@ def report_file(config: TideConfig, build_id: str) -> Path:
 
 
 def bench_prompts(config: TideConfig, spec: EngineSpec, states: Sequence[WindowStates], workload: str) -> list[str]:
-    """Prompts of held-out requests of the workload, newest first, one per request, that leave room for the output.
+    """Held-out prompts of the workload, newest first, each once, that leave room for the output.
 
     Raises:
         NotEnoughSignals: not a single one.
@@ -114,7 +114,7 @@ def bench_prompts(config: TideConfig, spec: EngineSpec, states: Sequence[WindowS
             continue
         text = codec.decode(state.token_ids[: window.num_prompt_tokens].tolist())
         if text and len(codec.encode(text)) <= room:
-            prompts.setdefault(window.request_id, text)
+            prompts.setdefault(window.prompt_digest, text)
     if not prompts:
         raise NotEnoughSignals(f"no held-out request of workload {workload!r} was captured from its first token with a prompt of at most "
                                f"{room} tokens: capture more of it before judging a draft")

@@ -28,9 +28,9 @@ CHUNK = 16                         # windows in one batched pass
 
 @dataclass(frozen=True)
 class Replay:
-    """What a draft would have done for one captured window. Add up windows of a request with `+`."""
+    """What a draft would have done for one captured window. Add up windows of a prompt with `+`."""
 
-    request_id: str
+    prompt_digest: str
     workload: str
     temperature: float
     steps: int                     # simulated verification steps
@@ -44,7 +44,7 @@ class Replay:
 
     def __add__(self, other: Replay) -> Replay:
         accepted = tuple(a + b for a, b in zip(self.accepted, other.accepted, strict=True))
-        return Replay(self.request_id, self.workload, self.temperature, self.steps + other.steps, accepted, self.rows + other.rows)
+        return Replay(self.prompt_digest, self.workload, self.temperature, self.steps + other.steps, accepted, self.rows + other.rows)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def replay(draft: Eagle3Draft, embedding_VD: Tensor, states: Iterable[WindowStat
         for s, accepted_T in zip(chunk, accepted_BT, strict=True):
             anchors = _anchors(s, draft_length)
             steps, by_position = walk(accepted_T, anchors.start, anchors.stop - 1, draft_length)
-            yield Replay(s.window.request_id, s.window.workload, s.window.temperature, steps, by_position, len(s.taps_TG))
+            yield Replay(s.window.prompt_digest, s.window.workload, s.window.temperature, steps, by_position, len(s.taps_TG))
 
 
 def acceptance_length(replays: Iterable[Replay]) -> float:

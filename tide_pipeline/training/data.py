@@ -1,10 +1,11 @@
 """Which captured windows a training run uses, and for what. Knows the lake's reader; knows no draft.
 
-    focus    windows of the drifted workload      train | held out, split by request
+    focus    windows of the drifted workload      train | held out, split by prompt
     replay   every other workload, and the windows shipped with the engine (engines/<name>/replay): against forgetting
 
-A request is held out by a hash of its id alone, so that it stays on its side in every later cycle and the gate never
-judges a draft on a request that any of its ancestors was trained on.
+A prompt is held out by its digest alone, so that every request with it stays on one side in every later cycle: traffic repeats
+prompts, and the gate must not judge a draft on one that it or any of its ancestors was trained on. Prompts that differ in one
+token are two: those that share a long beginning (turns of one conversation) can still fall on both sides.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class TrainingSet:
         return sum(len(w.taps_TG) for w in self.train)
 
 
-def is_held_out(request_id: str, eval_share: float) -> bool:
-    """Whether a request is kept for evaluation: for ever, on every machine."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big") < eval_share * 2**64
+def is_held_out(prompt_digest: str, eval_share: float) -> bool:
+    """Whether a prompt is kept for evaluation: for ever, on every machine. Any text will do as a digest."""
+    return int.from_bytes(hashlib.sha256(prompt_digest.encode()).digest()[:8], "big") < eval_share * 2**64
 
 
 def split_windows(windows: Iterable[SignalWindow], workload: str, settings: TrainingSettings) -> WindowSplit:
@@ -75,7 +76,7 @@ def split_windows(windows: Iterable[SignalWindow], workload: str, settings: Trai
             split.skipped["older than the newest max_windows"] += 1
         else:
             room[w.workload] -= 1
-            held_out = is_held_out(w.request_id, settings.eval_share)
+            held_out = is_held_out(w.prompt_digest, settings.eval_share)
             (split.focus_held_out if held_out else split.focus).append(w) if w.workload == workload else (
                 split.replay_held_out if held_out else split.replay).append(w)
     return split
@@ -89,7 +90,7 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     another workload, named `<workload> (earlier)`, for replay and for the gate's floor.
 
     Raises:
-        NotEnoughSignals: no lake, or too few requests of `workload` to train on and to hold out.
+        NotEnoughSignals: no lake, or too few prompts of `workload` to train on and to hold out.
         EngineMismatch: there are windows, but every one was made by another engine.
     """
     shipped = shipped if shipped is not None else config.engine_dir / "replay"
@@ -104,12 +105,12 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     split.skipped.update(skipped)
     if stale:
         split.skipped["made by another engine"] += stale
-    train, held_out = (len({w.request_id for w in part}) for part in (split.focus, split.focus_held_out))
-    need = config.training.min_requests
+    train, held_out = (len({w.prompt_digest for w in part}) for part in (split.focus, split.focus_held_out))
+    need = config.training.min_prompts
     if train + held_out < need or not train or not held_out:
-        raise NotEnoughSignals(f"{train} requests of workload {workload!r} to train on and {held_out} held out (rows: "
-                               f"{sum(w.num_rows for w in split.focus)}), at least {need} requests and one of each are needed: "
-                               "serve more traffic of this workload with capture on" + _others(found, workload))
+        raise NotEnoughSignals(f"{train} prompts of workload {workload!r} to train on and {held_out} held out (rows: "
+                               f"{sum(w.num_rows for w in split.focus)}), at least {need} different prompts and one of each are "
+                               "needed: serve more traffic of this workload with capture on" + _others(found, workload))
     return split
 
 
@@ -125,14 +126,24 @@ def read_training_set(split: WindowSplit, head: TargetHead) -> TrainingSet:
 
 
 def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
-    """States of the newest `per_workload` held-out windows of each workload."""
+    """States of up to `per_workload` held-out windows of each workload: the newest, but one of every prompt before a second of any."""
     taken: Counter[str] = Counter()
     chosen = []
-    for w in split.focus_held_out + split.replay_held_out:
+    for w in _prompts_in_turn(split.focus_held_out) + _prompts_in_turn(split.replay_held_out):
         taken[w.workload] += 1
         if taken[w.workload] <= per_workload:
             chosen.append(w)
     return _read(chosen, head, Counter())
+
+
+def _prompts_in_turn(windows: Sequence[SignalWindow]) -> list[SignalWindow]:
+    """The first window of every (workload, prompt), then the second of each, and so on; else in the order given."""
+    seen: Counter[tuple[str, str]] = Counter()
+    turns = []
+    for w in windows:
+        turns.append(seen[w.workload, w.prompt_digest])
+        seen[w.workload, w.prompt_digest] += 1
+    return [windows[i] for i in sorted(range(len(windows)), key=turns.__getitem__)]
 
 
 def _read(windows: Sequence[SignalWindow], head: TargetHead, skipped: Counter[str]) -> list[WindowStates]:

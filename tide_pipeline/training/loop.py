@@ -220,7 +220,8 @@ class Run:
         provenance: dict[str, Any] = {
             "workload": self.workload, "parent": parent, "settings": dataclasses.asdict(s), "seed": s.seed, "steps": c.step,
             "best_step": c.best_step, "train_s": round(c.elapsed_s, 1), "windows": len(data.train), "rows": data.num_rows,
-            "requests": len({w.window.request_id for w in data.train}), "shards": shards(data.train), "skipped": dict(data.skipped),
+            "requests": len({w.window.request_id for w in data.train}), "prompts": len({w.window.prompt_digest for w in data.train}),
+            "shards": shards(data.train), "skipped": dict(data.skipped),
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
         for_raw_taps(self.draft, self.scale_G)

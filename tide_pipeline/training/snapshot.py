@@ -1,6 +1,6 @@
 """A training run on disk, so that it can be killed at any step and go on. safetensors and JSON only: nothing is unpickled.
 
-    run.json             what the run is: workload, settings, parent, the windows it reads (references, no tokens)
+    run.json             what the run is: workload, settings, parent, the windows it reads (references and prompt digests, no tokens)
     resume.safetensors   weights, optimizer state, best weights so far; counters and the curve in its header
     metrics.jsonl        the curve, for MLflow and for people
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tide_pipeline.contracts import SignalWindow, from_dict
 from tide_pipeline.errors import TrainingFailed
-from tide_pipeline.provenance import write_atomic, write_json
+from tide_pipeline.provenance import write_atomic
 from tide_pipeline.training.data import WindowSplit
 
 RUN, RESUME, METRICS = "run.json", "resume.safetensors", "metrics.jsonl"
@@ -77,7 +77,8 @@ def write_metrics(folder: Path, curve: list[dict[str, Any]]) -> None:
 def save_run(folder: Path, facts: dict[str, Any], split: WindowSplit) -> None:
     """Pin what a run is before its first step."""
     windows = {part: [dataclasses.asdict(w) for w in getattr(split, part)] for part in _PARTS}
-    write_json(folder / RUN, {"facts": facts, "skipped": dict(split.skipped), "windows": windows})
+    run = {"facts": facts, "skipped": dict(split.skipped), "windows": windows}
+    write_atomic(folder / RUN, (json.dumps(run, indent=2, default=str) + "\n").encode(), mode=0o600)
 
 
 def load_run(folder: Path, facts: dict[str, Any]) -> WindowSplit | None:
