@@ -1,8 +1,8 @@
 """A change-point test for falling acceptance: Page-Hinkley. Pure.
 
-With m the mean of all values so far, S_t = alpha S_(t-1) + (x_t - m_t + delta) rises while values stay where they were and falls once they drop
-by more than delta; the alarm is given when S_t lies `threshold` below its highest value. Source: Page (1954); the recursion with alpha is
-that of the `river` library, whose decisions tests/golden/page_hinkley.json holds.
+With m the mean of all values so far, S_t = alpha S_(t-1) + (x_t - m_t + delta) rises while values stay where they were and falls once
+they drop by more than delta; the alarm is given when S_t lies `threshold` below its highest value. Source: Page (1954); the recursion
+with alpha is that of the `river` library, whose decisions tests/golden/page_hinkley.json holds.
 """
 
 from __future__ import annotations
