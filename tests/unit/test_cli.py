@@ -90,7 +90,8 @@ def test_config_prints_what_config_reads(tmp_path: Path, state: StatePaths) -> N
     (tmp_path / "mine.toml").write_text(shown.stdout)
     again = tide("config", "--config", str(tmp_path / "mine.toml"))
     assert again.stdout == shown.stdout
-    assert json.loads(tide("config", "--json", "--recipe", "pocket_ci").stdout)["training"]["time_budget_s"] == recipes.load("pocket_ci").training.time_budget_s
+    short = json.loads(tide("config", "--json", "--recipe", "pocket_ci").stdout)
+    assert short["training"]["time_budget_s"] == recipes.load("pocket_ci").training.time_budget_s
 
 
 def test_shared_options_stand_anywhere() -> None:
@@ -106,6 +107,10 @@ def test_shared_options_stand_anywhere() -> None:
     (("config", "--config", "nowhere.toml"), "no settings file at nowhere.toml"),
     (("traffic",), "either --prompts FILE.jsonl or --domain NAME"),
     (("traffic", "--domain", "en"), "start it with `tide up`"),
+    (("traffic", "--domain", "en", "--to", "de"), "leave out --to, or choose --scenario abrupt"),
+    (("traffic", "--domain", "en", "--scenario", "abrupt"), "say to which with --to NAME"),
+    (("traffic", "--domain", "en", "--scenario", "gradual", "--to", "en"), "got en to en: name each once"),
+    (("traffic", "--domain", "en", "--scenario", "gradual", "--to", "de", "--to", "c"), "one other domain, got de, c"),
     (("down",), "no stack is up"),
     (("build",), "either --version N or --draft DIR"),
     (("build", "--draft", "nowhere"), "nowhere is no draft checkpoint"),
@@ -241,6 +246,33 @@ def test_traffic_of_a_file_reports_failures(served: list[str], tmp_path: Path) -
     result = tide(*served, "--prompts", str(tmp_path / "mine.jsonl"), "--max-tokens", "16")
     assert result.exit_code == 1 and "1 answered, 1 failed" in result.stdout and "last error: no X" in result.stdout
     assert {p.tenant for p in EchoClient.prompts} == {"acme", "default"}
+
+
+@pytest.mark.parametrize(("words", "sent"), [
+    (["--scenario", "steady", "--requests", "3"], "aAa"),
+    (["--scenario", "abrupt", "--to", "cd"], "aAacd"),
+    (["--scenario", "abrupt", "--to", "cd", "--requests", "8"], "aAaAcdec"),
+    (["--scenario", "gradual", "--to", "cd", "--requests", "4"], "aAac"),
+    (["--scenario", "recurring", "--to", "cd", "--to", "fg", "--requests", "6"], "acfAdg"),
+])
+def test_traffic_follows_a_scenario(served: list[str], engines: Path, words: list[str], sent: str) -> None:
+    for name, letters in (("ab", "aA"), ("cd", "cde"), ("fg", "fg")):
+        (engines / "tiny" / "prompts" / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in letters))
+    result = tide(*served, "--domain", "ab", *words, "--concurrency", "1", "--max-tokens", "16", "--json")
+    assert result.exit_code == 0, result.output
+    assert "".join(p.prompt for p in EchoClient.prompts) == sent
+
+
+def test_a_file_can_be_what_traffic_changes_from(served: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "m"}\n{"prompt": "n"}\n')
+    tide(*served, "--prompts", str(tmp_path / "mine.jsonl"), "--scenario", "abrupt", "--to", "ab", "--concurrency", "1",
+         "--max-tokens", "16")
+    assert [p.prompt[-3:] for p in EchoClient.prompts] == ["m", "n", "abc", "end"]
+
+
+def test_a_scenario_that_is_none_names_those_there_are(served: list[str]) -> None:
+    result = tide(*served, "--domain", "ab", "--scenario", "sudden")
+    assert result.exit_code == 2 and "'steady', 'abrupt', 'gradual', 'recurring'" in plain(result)
 
 
 def test_an_answer_that_fills_the_context_is_refused(served: list[str]) -> None:

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
 from tests.helpers import EPSILON, ask, generate, plain_pass, tiny_engine, tiny_spec, write_tiny_target
 from tide_pipeline.config import load_engine_spec
 from tide_pipeline.errors import CheckpointError
-from tide_pipeline.models import linear
-from tide_pipeline.models.linear import Linear
 from tide_pipeline.models.target import Target, read_shape
 
 SHAPES = {
@@ -102,25 +99,6 @@ def test_a_batch_of_different_lengths_equals_each_alone(tiny_target: Target) -> 
     torch.testing.assert_close(moved[0], plain_pass(tiny_target, [*texts[2].tolist(), 7])[1][-1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(48, 32), (32, 48), (257, 32), (32, 32)])
-def test_packed_product_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
-    monkeypatch.setattr(linear, "PACK_FROM", 0)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(*size, generator=generator)
-    product = Linear(weight)
-    assert product.packed is not None, "this PyTorch has no packed product: serving works, speculation pays less"
-    for rows in range(1, 65):
-        x = torch.randn(rows, size[1], generator=generator)
-        torch.testing.assert_close(product(x), F.linear(x, weight), rtol=1e-4, atol=1e-4)
-
-
-def test_without_the_packed_operator_the_plain_product_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_pack", lambda weight_OI: None)
-    monkeypatch.setattr(linear, "PACK_FROM", 0)
-    weight, x = torch.randn(8, 6), torch.randn(5, 6)
-    torch.testing.assert_close(Linear(weight)(x), F.linear(x, weight))
-
-
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 def _edit_config(folder: Path, **values: object) -> None:
@@ -131,9 +109,6 @@ def _edit_config(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(("values", "message"), [
     ({"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM is not supported"),
     ({"architectures": None}, "none is not supported"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"hidden_size": "DROP"}, "lacks hidden_size"),
     ({"intermediate_size": 64}, r"mlp.gate_proj.weight is \(48, 32\), config.json says \(64, 32\)"),

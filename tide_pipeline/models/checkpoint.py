@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 from tide_pipeline.models.eagle3 import DraftShape, Eagle3Draft
+from tide_pipeline.models.families import TargetShape
 from tide_pipeline.models.layers import Heads
-from tide_pipeline.models.target import TargetShape
 from tide_pipeline.provenance import birth_certificate, digest_files, write_atomic, write_json
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -39,9 +39,9 @@ class DraftIdentity:
 
 
 def shape_for(target: TargetShape, num_taps: int, draft_vocab_size: int | None = None) -> DraftShape:
-    """A draft of one layer with the target's own sizes."""
+    """A draft of one layer with the target's own sizes and plain rotary positions, whatever the target's are."""
     return DraftShape(target.hidden_size, num_taps, target.heads, target.intermediate_size, target.vocab_size,
-                      draft_vocab_size or target.vocab_size, target.max_positions, target.rope_theta, target.eps)
+                      draft_vocab_size or target.vocab_size, target.max_positions, target.rope.theta, target.eps)
 
 
 def digest_draft(folder: Path) -> str:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tide_pipeline.models.layers import DecoderLayer, Heads, KVCache, StepGeometry, rotary_tables
+from tide_pipeline.models.layers import DecoderLayer, Heads, KVCache, StepGeometry
 from tide_pipeline.models.linear import Linear
+from tide_pipeline.models.rope import Rope, rotary_tables
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(D, shape.draft_vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
-        cos, sin = rotary_tables(shape.heads.size, shape.max_positions + 16, shape.rope_theta)
+        cos, sin = rotary_tables(Rope(shape.rope_theta), shape.heads.size, shape.max_positions + 16)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

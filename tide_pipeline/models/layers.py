@@ -1,4 +1,4 @@
-"""Rotary positions, the KV cache and one attention layer, shared by target and draft. Inference only.
+"""The KV cache, where a step stands in it, and one decoder layer, shared by target and draft. Inference only.
 
 B = requests in the step, W = token rows of a request, N = rows of all of them, T = cached positions, D = hidden size,
 H = query heads, K = key/value heads, E = size of a head.
@@ -6,7 +6,7 @@ H = query heads, K = key/value heads, E = size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +21,6 @@ class Heads:
     query: int
     kv: int
     size: int
-
-
-def rotary_tables(size: int, positions: int, theta: float, rope_scale: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sign-folded sin, [positions, size]: rotate(x) = x * cos + roll(x, size/2) * sin."""
-    frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
-    if rope_scale is not None:
-        frequencies = rope_scale(frequencies)
-    angles = torch.outer(torch.arange(positions).float(), frequencies)
-    sin = angles.sin()
-    return angles.cos().repeat(1, 2), torch.cat((-sin, sin), dim=1)
 
 
 class KVCache:
@@ -94,24 +84,36 @@ class StepGeometry:
 
 
 class DecoderLayer:
-    """Attention and gated MLP with fused weights. `qkv` may read a wider input than D (the draft's 2D)."""
+    """Attention and gated MLP with fused weights. `qkv` may read a wider input than D (the draft's 2D).
+
+    Biases of the attention's products, and norms of query and key heads, are used where the weights hold them.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, heads: Heads, eps: float) -> None:
-        def w(name: str) -> Tensor:
-            return weights[f"{prefix}{name}.weight"]
+        def fused(*names: str) -> Linear:
+            parts = [weights[f"{prefix}{n}.weight"] for n in names]
+            biases = [weights[f"{prefix}{n}.bias"] for n in names if f"{prefix}{n}.bias" in weights]
+            assert len(biases) in (0, len(names))
+            return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None)
 
         self.heads, self.eps = heads, eps
-        self.qkv = Linear(torch.cat([w(f"self_attn.{n}_proj") for n in "qkv"]))
-        self.out = Linear(w("self_attn.o_proj"))
-        self.gate_up = Linear(torch.cat([w("mlp.gate_proj"), w("mlp.up_proj")]))
-        self.down = Linear(w("mlp.down_proj"))
-        self.post_norm = w("post_attention_layernorm")
+        self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = fused("self_attn.o_proj")
+        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj")
+        self.down = fused("mlp.down_proj")
+        self.post_norm = weights[f"{prefix}post_attention_layernorm.weight"]
+        self.head_norms: Tensor | None = None                     # [H + K, E]
+        if f"{prefix}self_attn.q_norm.weight" in weights:
+            q, k = (weights[f"{prefix}self_attn.{n}_norm.weight"] for n in "qk")
+            self.head_norms = torch.cat((q.expand(heads.query, -1), k.expand(heads.kv, -1)))
 
     def attend(self, x_ND: Tensor, cache: KVCache, layer: int, at: StepGeometry) -> Tensor:
         """Self-attention of the step's rows over the cache, which gains their keys and values: [N, in] -> [N, D]."""
         heads, groups = self.heads, self.heads.query // self.heads.kv
         qkv = self.qkv(x_ND).view(-1, heads.query + 2 * heads.kv, heads.size)
         turned = qkv[:, : heads.query + heads.kv]
+        if self.head_norms is not None:
+            torch.mul(F.rms_norm(turned, turned.shape[-1:], None, self.eps), self.head_norms, out=turned)
         rolled = torch.cat((turned[..., heads.size // 2 :], turned[..., : heads.size // 2]), dim=-1)
         turned.mul_(at.cos).addcmul_(rolled, at.sin)
         cache.rows[layer].index_copy_(0, at.cache_rows, qkv[:, heads.query :].flatten(1))

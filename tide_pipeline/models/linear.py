@@ -22,16 +22,17 @@ TINY = 2.0**-24                  # half a step of fp16 near zero: what the cast 
 
 
 class Linear:
-    """y = x W^T for weights [out, in] and fp32 inputs [N, in]. Inference only."""
+    """y = x W^T + b for weights [out, in], a bias [out] or none, and fp32 inputs [N, in]. Inference only."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        self.packed = _pack(weight_OI)
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self.packed: Any = _pack(weight_OI)
         self.weight = weight_OI.contiguous() if self.packed is None else None
+        self.bias = bias_O
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x_NI, self.weight)
-        out: Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(x_NI, self.packed, None)
+        if self.weight is not None:
+            return F.linear(x_NI, self.weight, self.bias)
+        out: Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(x_NI, self.packed, self.bias)
         return out
 
 
@@ -44,7 +45,7 @@ def _pack(weight_OI: Tensor) -> Any | None:
             warnings.filterwarnings("ignore", "fbgemm", UserWarning)          # told once a process, here
             packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI.contiguous())
             got = torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, None)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError, TypeError):
         return None
     want = F.linear(x, weight_OI)
     return packed if torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max() + 1e-6)) else None

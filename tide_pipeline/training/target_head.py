@@ -8,16 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
-from tide_pipeline.errors import CheckpointError
 from tide_pipeline.models.checkpoint import DraftIdentity
-from tide_pipeline.models.target import TargetShape, engine_digest, read_shape
-
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from tide_pipeline.models.target import TargetShape, engine_digest, read_embeddings, read_shape
 
 
 @dataclass(frozen=True)
@@ -44,19 +39,10 @@ def read_target_head(folder: Path, spec: EngineSpec) -> TargetHead:
     """Read embeddings and lm_head in fp32 from the target's folder; tied embeddings serve as both.
 
     Raises:
-        CheckpointError: the folder is missing, cut short, or holds no Llama embeddings.
+        CheckpointError: the folder is missing or cut short, or its embeddings do not fit its config.json.
     """
     shape = read_shape(folder)
-    file = folder / "model.safetensors"
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            if EMBEDDING not in names:
-                raise CheckpointError(f"{file} has no {EMBEDDING}: training needs a Hugging Face Llama checkpoint in one file")
-            embedding: Tensor = tensors.get_tensor(EMBEDDING).to(torch.float32)
-            lm_head: Tensor = tensors.get_tensor(LM_HEAD).to(torch.float32) if LM_HEAD in names else embedding
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} can't be read ({error}): fetch the target again") from error
+    embedding, lm_head = read_embeddings(folder, shape)
     return TargetHead(shape, spec, engine_digest(folder, spec), embedding, lm_head)
 
 
