@@ -53,6 +53,10 @@ class CaptureSettings:
     ema_long: float = 0.99             # lambda_long
     epsilon: float = 0.05              # how far short must fall below long to start collecting
     init_requests: int = 8             # N_init
+    change_delta: float = 0.05         # of the change-point test: drops of the first-position rate below this are no change
+    change_threshold: float = 2.0      # and how much of what exceeds it must add up, in requests x rate
+    share: float = 1.0                 # of the requests while collecting
+    workloads: tuple[str, ...] = ()    # collect only these tags; () is all
     max_bytes_per_hour: int = 4_000_000_000
     queue_windows: int = 256           # closed windows waiting for the writer; more are dropped and counted
     shard_rows: int = 8_192            # token rows per signals shard

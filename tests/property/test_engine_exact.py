@@ -5,6 +5,7 @@ Random schedules drive `engine.step()` by hand. Set HYPOTHESIS_PROFILE=explore f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tests.helpers import (
     write_tiny_target,
 )
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, StepKind
-from tide_pipeline.engine.control import SpeculationController
+from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.models.target import Target
 
@@ -117,9 +118,17 @@ def _play(world: World, schedule: list[tuple[str, object]], max_batch: int, chun
         elif kind == "swap":
             engine.set_drafts({tag: world.builds[i] for tag, i in value.items()})  # type: ignore[attr-defined]
         elif kind == "depth":                              # the controller's mind, changed at will: off, on, deeper
-            patch.setattr(SpeculationController, "choose", lambda self, batch, drafting, depth=value: depth if drafting else 0)
+            patch.setattr(SpeculationController, "plan", forced(value))
     drain(engine)
     _judge(world.target, engine, sink, asked)
+
+
+def forced(depth: int) -> Callable[[SpeculationController, Sequence[Slot], float], Plan]:
+    """A plan of the test's own: up to `depth`, and other lengths for neighbouring requests."""
+    def plan(control: SpeculationController, slots: Sequence[Slot], catch_up_ms: float) -> Plan:
+        wanted = [max(depth - i % 3, min(depth, 1)) if slot.fixed is None else slot.fixed for i, slot in enumerate(slots)]
+        return Plan([0 if slot.survival is None else min(slot.cap, k) for slot, k in zip(slots, wanted, strict=True)])
+    return plan
 
 
 # --- what must hold -----------------------------------------------------------------------------------------------
@@ -229,19 +238,16 @@ def _drafted_by_position(sink: RecordingSink, request_id: str) -> dict[int, tupl
 @pytest.mark.parametrize("off_for", [3, 40])
 def test_after_a_pause_it_drafts_as_if_it_had_never_paused(world: World, monkeypatch: pytest.MonkeyPatch, off_for: int) -> None:
     """Draft length 0 leaves no stale KV: buffered states catch up in one pass, in a batch and beyond the limit of buffering."""
-    depth = [0]
-    monkeypatch.setattr(SpeculationController, "choose", lambda self, batch, drafting: depth[0] if drafting else 0)
-    monkeypatch.setattr(SpeculationController, "probe_due", lambda self, batch, catch_up_ms: False)
     seen = []
     for pause in (0, off_for):
         sink = RecordingSink()
         engine = tiny_engine(world.folder, spec=world.target.spec, drafts=world.builds[0], sink=sink)
         for i, prompt in enumerate(("abcd", "hgfedcba")):
             submit(engine, ask(f"r{i}", prompt, max_tokens=60, ignore_eos=True))
-        depth[0] = 1 if pause == 0 else 0
+        monkeypatch.setattr(SpeculationController, "plan", forced(0))
         for _ in range(pause):
             engine.step()
-        depth[0] = 1
+        monkeypatch.setattr(SpeculationController, "plan", forced(1))
         drain(engine)
         seen.append([_drafted_by_position(sink, f"r{i}") for i in range(2)])
     for always, paused in zip(*seen, strict=True):

@@ -104,3 +104,23 @@ def test_client_chosen_tags_take_bounded_memory() -> None:
     state = control.state()
     assert sum(key.startswith("collecting.") for key in state) == MAX_WORKLOADS
     assert "collecting.busy" in state
+
+
+def test_a_share_of_the_requests_and_some_workloads_only() -> None:
+    control = CollectionControl(CaptureSettings(mode="on", share=0.25, workloads=("code", "chat")))
+    assert sum(control.should_collect("code", "t") for _ in range(100)) == 25
+    assert not any(control.should_collect("other", "t") for _ in range(100))
+
+
+def test_a_small_lasting_drop_within_epsilon_is_seen() -> None:
+    """Short EMA and best differ by less than epsilon for good; the change-point test adds the drop up."""
+    control = CollectionControl(CaptureSettings(epsilon=0.3, change_delta=0.05, change_threshold=2.0))
+    for _ in range(200):
+        control.observe("w", 0.8)
+    assert control.state()["collecting.w"] is False
+    found = []
+    for i in range(60):
+        control.observe("w", 0.62)
+        if control.state()["collecting.w"]:
+            found.append(i)
+    assert found and found[0] < 40

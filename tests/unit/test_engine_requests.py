@@ -269,9 +269,10 @@ def test_a_fixed_length_may_pass_the_controllers_own_limit(tiny_dir: Path, tiny_
     assert len(answer.tokens) == 20, answer.last.error
 
 
-def test_profile_measures_every_depth(engine: EmbeddedEngine) -> None:
+def test_profile_measures_every_depth_and_width(engine: EmbeddedEngine) -> None:
     engine.profile()
-    assert set(engine.stats().step_ms) == {f"b{b}k{k}" for b in (1, 2, 4) for k in range(5)}
+    assert set(engine.stats().step_ms) == {f"m{b}k{k}" for b in (1, 2, 4) for k in range(1, 5)} | {
+        f"b{b}n{b * w}" for b in (1, 2, 4) for w in range(1, 6)}
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------

@@ -234,3 +234,16 @@ def test_a_draft_vocabulary_that_names_a_token_twice_stays_exact(tmp_path: Path,
     draft.d2t.copy_(torch.tensor([1, 0, 1, 1, 1]))               # draft ids 0 and 1 both stand for token 1
     twice = (folder, target, write_tiny_build(tmp_path / "build", target, draft, version="twice"))
     assert _along_the_way(twice, 3, HOW["temperature"])[0] > 1e-4
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_equals_sorting_all_of_it(spread: float, top_p: float) -> None:
+    """Peaked rows need only the head, flat ones the whole."""
+    logits_NV = spread * torch.randn(3, 4096, generator=torch.Generator().manual_seed(1))
+    p_NV = logits_NV.double().softmax(-1)
+    for p_V, got_V in zip(p_NV, distribution(logits_NV, SamplingParams(temperature=1.0, top_p=top_p)), strict=True):
+        ordered, order = p_V.sort(descending=True)
+        kept = order[: int((ordered.cumsum(0) - ordered < top_p).sum())]
+        want_V = torch.zeros_like(p_V).index_put_((kept,), p_V[kept])
+        torch.testing.assert_close(got_V, want_V / want_V.sum())

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tide_pipeline.capture.change import PageHinkley
 from tide_pipeline.config import CaptureSettings
 
-ALWAYS_EVERY = 10                  # in auto mode every tenth request of a workload is collected anyway
+ALWAYS_SHARE = 0.1                 # of a workload's requests is collected anyway in auto mode
 HEALTHY_RATE = 0.5                 # a draft that misses the first token every other time is worth training, whatever its past
 MAX_WORKLOADS = 256                # tags come from clients; the least recently seen one is forgotten, and starts anew when it returns
 
@@ -30,6 +31,7 @@ class _Watch:
     long: float = 0.0
     best: float = 0.0              # highest long EMA, once it remembers enough requests to be a bar
     asked: int = 0                 # requests that asked should_collect
+    change: PageHinkley | None = None
 
 
 class CollectionControl:
@@ -57,24 +59,26 @@ class CollectionControl:
         if watch.seen * (1 - s.ema_long) >= 1:     # eight lucky requests must not set a bar that nothing reaches again
             watch.best = max(watch.best, watch.long)
         reference = max(watch.long, watch.best)
-        if watch.short < reference - s.epsilon:
+        if watch.change is None:
+            watch.change = PageHinkley(s.change_delta, s.change_threshold)
+        if watch.change.update(acceptance) or watch.short < reference - s.epsilon:
             watch.collecting = True
         elif watch.short >= max(reference - s.epsilon / 2, HEALTHY_RATE):
             watch.collecting = False
 
     def should_collect(self, workload: str, tenant: str, now: float | None = None) -> bool:
         """Whether the states of a new request are stored. Ask once per request; `now` lets a new hour refill the budget."""
-        if self._settings.mode == "off" or tenant in self._opted_out:
+        only = self._settings.workloads
+        if self._settings.mode == "off" or tenant in self._opted_out or (only and workload not in only):
             return False
         if now is not None:
             self._roll(now)
         if self._spent_bytes >= self._settings.max_bytes_per_hour:
             return False
-        if self._settings.mode == "on":
-            return True
         watch = self._watch(workload)
         watch.asked += 1
-        return watch.collecting or watch.asked % ALWAYS_EVERY == 0
+        share = self._settings.share if watch.collecting or self._settings.mode == "on" else ALWAYS_SHARE
+        return int(watch.asked * share) > int((watch.asked - 1) * share)
 
     def spend(self, num_bytes: int, now: float) -> None:
         """Count stored bytes against the budget of the clock hour."""

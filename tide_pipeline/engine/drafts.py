@@ -62,9 +62,9 @@ class ResidentDraft:
             last.draft_slot = request.draft_slot
             self.members[last.draft_slot] = last
 
-    def propose(self, lengths: dict[str, int]) -> dict[str, Proposal]:
+    def propose(self, lengths: Sequence[int]) -> list[Proposal]:
         """Bring the cache up to date, then draft up to max(lengths) tokens for the members; cut to each one's length."""
-        members, depth = self.members, max(lengths[m.request.request_id] for m in self.members)
+        members, depth = self.members, max(lengths)
         for member in members:
             if member.waiting_rows > WIDE_CATCH_UP:
                 self._feed(member)
@@ -79,11 +79,8 @@ class ResidentDraft:
                 tokens.append(token)
             if j + 1 < depth:
                 state_BD = self.runner.step(state_BD, torch.tensor(ids), rows_B + j, self.cache)
-        out = {}
-        for member, tokens, q in zip(members, drawn, kept, strict=True):
-            k = lengths[member.request.request_id]
-            out[member.request.request_id] = Proposal(tokens[:k], torch.stack(q[:k]) if q and k else None)
-        return out
+        return [Proposal(tokens[:k], torch.stack(q[:k]) if q and k else None)
+                for tokens, q, k in zip(drawn, kept, lengths, strict=True)]
 
     def catch_up(self, members: Sequence[ActiveRequest]) -> None:
         """Feed what waits for these members, one by one, without drafting."""

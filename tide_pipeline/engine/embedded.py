@@ -1,8 +1,8 @@
 """The embedded engine: continuous batching with EAGLE-3 chain drafts, in PyTorch. Knows no files but its models'.
 
-One step of the engine thread:  admit (one prompt chunk)  ->  choose draft lengths  ->  draft  ->  verify  ->  emit.
-Running requests hold cache slots 0..B-1; verification is one pass of B x (1 + K) rows, short rows padded. Padding and
-refused tokens leave rubbish in the caches past a request's end, which the next step overwrites before it is read.
+One step of the engine thread:  admit (one prompt chunk)  ->  plan draft lengths  ->  draft  ->  verify  ->  emit.
+Running requests hold cache slots 0..B-1; verification is one pass over the rows of all of them, 1 + k_i for request i, side by side.
+Refused tokens leave rubbish in the caches past a request's end, which the next step overwrites before it is read.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tide_pipeline.contracts import (
     StepKind,
     TokenChunk,
 )
-from tide_pipeline.engine.control import SpeculationController
+from tide_pipeline.engine.control import Plan, RequestSurvival, Slot, SpeculationController
 from tide_pipeline.engine.drafts import Proposal, ResidentDraft
-from tide_pipeline.engine.profile import profile_step_times
+from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
@@ -114,10 +114,10 @@ class EmbeddedEngine:
             self.control.forget({d.build.draft_version for d in resident.values()})
 
     def profile(self) -> None:
-        """Measure T_step(batch, depth) on an idle engine; needs a draft."""
+        """Measure what steps cost on an idle engine; needs a draft."""
         if self._drafts:
             runner = next(iter(self._drafts.values())).runner
-            profile_step_times(self.target, runner, self.control.times, self.serve.max_batch, self.positions)
+            profile_step_costs(self.target, runner, self.control, self.serve.max_batch, self.positions)
 
     def stats(self) -> EngineStats:
         """A snapshot; may be one step old."""
@@ -131,7 +131,7 @@ class EmbeddedEngine:
             drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
             speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.probe_ms / 1e3,
             sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
-            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.times.table())
+            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table())
 
     def close(self) -> None:
         """Stop; requests in flight are told "cancelled"."""
@@ -215,79 +215,76 @@ class EmbeddedEngine:
             draft = self._drafts.get(active.request.workload) or self._drafts.get(ANY_WORKLOAD)
         if draft is not None and active.fixed_length != 0:
             draft.join(active)
+            active.survival = RequestSurvival(self.control.survival(active.request.workload, active.version))
         else:
             active.waiting_taps.clear()
 
     def _decode(self) -> None:
         began, running = time.perf_counter(), list(self._running)
         B = len(running)
-        lengths, kind, depth = self._choose(running)
-        proposals = self._propose(running, lengths)
-        W = 1 + max((len(p.tokens) for p in proposals.values()), default=0)
-        ids = torch.zeros(B, W, dtype=torch.long)
-        for i, r in enumerate(running):
-            drafted = proposals[r.request.request_id].tokens
-            ids[i, : 1 + len(drafted)] = torch.tensor([r.tokens[-1], *drafted])
-        positions = torch.tensor([r.consumed for r in running]).unsqueeze(1) + torch.arange(W)
-        taps, final = self.target.forward(ids, positions, self.cache)
-        logits = self.target.logits(final.view(B * W, -1)).view(B, W, -1)
-        argmax = logits.argmax(-1).tolist()
+        behind = max(r.waiting_rows if r.draft else 0 for r in running)
+        plan = self._plan(running)
+        proposals = self._propose(running, plan)
+        drafted_at = time.perf_counter()
+        widths = [1 + len(p.tokens) for p in proposals]
+        ids_N = torch.tensor([token for r, p in zip(running, proposals, strict=True) for token in (r.tokens[-1], *p.tokens)])
+        positions_N = torch.tensor([r.consumed + j for r, width in zip(running, widths, strict=True) for j in range(width)])
+        taps_NG, final_ND = self.target.forward_rows(ids_N, positions_N, widths, self.cache)
+        logits_NV = self.target.logits(final_ND)
+        argmax_N = logits_NV.argmax(-1).tolist()
         self.ring.next_slot()
-        verdicts = []
-        for i, r in enumerate(running):
-            p = proposals[r.request.request_id]
+        verdicts, at = [], 0
+        for r, p, width in zip(running, proposals, widths, strict=True):
             how = r.request.sampling
-            n, emitted = accept_greedy(p.tokens, argmax[i]) if r.greedy else accept_sampled(
-                p.tokens, p.q_KV, distribution(logits[i, : 1 + len(p.tokens)], how), how.seed, len(r.tokens))
+            n, emitted = accept_greedy(p.tokens, argmax_N[at : at + width]) if r.greedy else accept_sampled(
+                p.tokens, p.q_KV, distribution(logits_NV[at : at + width], how), how.seed, len(r.tokens))
             emitted, text = self._take(r, emitted)
             rows = len(emitted)                                    # rows of the last token and of the accepted drafts kept
             drafted = p.tokens if rows > n else p.tokens[:rows]    # what stands past the end was neither accepted nor refused
             if r.draft is not None:
-                r.waiting_taps.append(taps[i, :rows])
-            handle = self.ring.put(taps[i, :rows], final[i, :rows] if self.spec.soft_targets else None)
+                r.waiting_taps.append(taps_NG[at : at + rows])
+            handle = self.ring.put(taps_NG[at : at + rows], final_ND[at : at + rows] if self.spec.soft_targets else None)
             verdicts.append((r, drafted, min(n, rows), emitted, text, handle))
-        step_ms = (time.perf_counter() - began) * 1e3
+            at += width
+        ended = time.perf_counter()
         events = []
         for r, drafted, n, emitted, _, handle in verdicts:
-            what = StepKind.DECODE if not drafted else kind if r.fixed_length is None else StepKind.VERIFY
+            what = StepKind.DECODE if not drafted else plan.kind if r.fixed_length is None else StepKind.VERIFY
             consumed = (r.tokens[-1], *emitted[:-1])
             events.append(StepEvent(r.request.request_id, what, r.consumed, consumed, tuple(emitted), tuple(drafted), n,
-                                    r.version, len(drafted), B, step_ms, handle))
+                                    r.version, len(drafted), B, (ended - began) * 1e3, handle))
             self._observe(r, drafted, n)
             r.consumed += len(emitted)
         self._sink(lambda: self.sink.on_step(events))
         for r, _, _, emitted, text, _ in verdicts:
             self._advance(r, emitted, text)
-        self._account(running, lengths, depth, kind, (time.perf_counter() - began) * 1e3)
+        if behind <= 1 + self.max_depth:                           # a longer catch-up is no part of a step's usual cost
+            members = sum(r.draft is not None for r in running)
+            self.control.costs.observe(B, at, (ended - drafted_at) * 1e3, members, plan.depth, (drafted_at - began) * 1e3)
+        self._account(plan, (time.perf_counter() - began) * 1e3)
 
     # --- parts of a step ------------------------------------------------------------------------------------------
 
-    def _choose(self, running: list[ActiveRequest]) -> tuple[dict[str, int], StepKind, int]:
-        """Draft length per request, what the step is called, and the depth of the requests the controller decides for."""
-        auto = [r for r in running if r.fixed_length is None and r.draft is not None]
-        depth = self.control.choose(len(running), [self.control.survival(r.request.workload, r.version) for r in auto])
-        kind = StepKind.VERIFY
-        if auto and depth == 0 and self.control.probe_due(len(running), self._catch_up_ms(auto)):
-            depth, kind = min(self.control.settings.probe_length, self.control.max_depth), StepKind.PROBE
-        lengths = {}
-        for r in running:
-            wanted = 0 if r.draft is None else depth if r.fixed_length is None else r.fixed_length
-            lengths[r.request.request_id] = max(0, min(wanted, r.remaining - 1, self.positions - len(r.tokens) - 1))
-        return lengths, kind, depth
+    def _plan(self, running: list[ActiveRequest]) -> Plan:
+        """Draft lengths that the requests have use for, at most to the token before their last."""
+        slots = [Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length) for r in running]
+        return self.control.plan(slots, self._catch_up_ms(running))
 
-    def _propose(self, running: list[ActiveRequest], lengths: dict[str, int]) -> dict[str, Proposal]:
-        out = {r.request.request_id: Proposal([]) for r in running}
+    def _propose(self, running: list[ActiveRequest], plan: Plan) -> list[Proposal]:
+        """Draft tokens by request, in order; empty where none are to be verified."""
+        out = {id(r): Proposal([]) for r in running}
         for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
-            if any(lengths[m.request.request_id] for m in draft.members):
-                out |= draft.propose(lengths)
+            lengths = [plan.lengths[m.slot] for m in draft.members]
+            if any(lengths):
+                out |= {id(m): proposal for m, proposal in zip(draft.members, draft.propose(lengths), strict=True)}
             else:
                 draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
-        return out
+        return [out[id(r)] for r in running]
 
-    def _catch_up_ms(self, auto: list[ActiveRequest]) -> float:
-        """Estimated from the rows that wait: a draft row costs about a thirtieth of a plain step."""
-        plain = self.control.times.ms(1, 0) or 0.0
-        return sum(r.waiting_rows for r in auto) * plain / 100.0
+    def _catch_up_ms(self, running: list[ActiveRequest]) -> float:
+        """Estimated from the rows that wait: a draft row costs about a hundredth of a plain step."""
+        waiting = sum(r.waiting_rows for r in running if r.draft is not None)
+        return waiting * self.control.costs.verify_ms(1, 1) / 100.0
 
     def _take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:
         """The tokens of a step that the request takes, and their text. It ends at max_tokens, at end-of-text and at a stop
@@ -315,15 +312,13 @@ class EmbeddedEngine:
             self._count["verify"] += 1
             self._count["drafted"] += len(drafted)
             self._count["accepted"] += n
-            self.control.survival(r.request.workload, r.version).observe(len(drafted), n)
+        if r.survival is not None:
+            r.survival.observe(len(drafted), n)
 
-    def _account(self, running: list[ActiveRequest], lengths: dict[str, int], depth: int, kind: StepKind, ms: float) -> None:
-        used = max(lengths.values())
-        self._depth_steps[used] += 1
-        self._ms["on" if used else "off"] += ms
-        if all(n == used for n in lengths.values()) and kind is not StepKind.PROBE:
-            self.control.times.record(len(running), used, ms)
-        if used == 0:
+    def _account(self, plan: Plan, ms: float) -> None:
+        self._depth_steps[plan.depth] += 1
+        self._ms["on" if plan.depth else "off"] += ms
+        if plan.depth == 0:
             self.control.earn(ms)
 
     def _advance(self, r: ActiveRequest, emitted: list[int], text: str) -> None:

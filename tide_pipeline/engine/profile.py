@@ -1,50 +1,60 @@
-"""Measure T_step(batch, depth) at start-up, on an idle engine. Knows networks; no requests."""
+"""Measure what drafting and verifying cost, at start-up, on an idle engine. Knows networks; no requests."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from tide_pipeline.engine.control import StepTimes
+from tide_pipeline.engine.control import SpeculationController
 from tide_pipeline.models.eagle3 import DraftRunner
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
 
 CONTEXT = 128                      # cached positions during the profile
-ROUNDS = 3
+ROUNDS = 4
+TRUE_ROWS = 2                      # rows that a draft's cache gains in a typical step
 
 
-def profile_step_times(target: Target, runner: DraftRunner, times: StepTimes, max_batch: int, positions: int) -> None:
-    """Time whole rounds (catch-up, drafting, verification, argmax) for batches 1, 2, 4, .. max_batch and every depth.
+def profile_step_costs(target: Target, runner: DraftRunner, control: SpeculationController, max_batch: int, positions: int) -> None:
+    """Time drafting and verification for batches 1, 2, 4, .. max_batch, every depth, and up to 1 + depth rows a request.
 
-    Rounds of different depths alternate, and the fastest counts: what a busy machine adds is not the engine's.
+    The cells alternate, and the fastest of the rounds counts: what a busy machine adds is not the engine's.
     """
     batches = sorted({b for b in (1, 2, 4, 8, 16, 32, max_batch) if b <= max_batch})
-    context = min(CONTEXT, positions - 2)
-    cache = target.new_cache(max_batch, context + times.max_depth + 2)
-    draft_cache = runner.new_cache(max_batch, context + times.max_depth + 2)
+    context, depths = min(CONTEXT, positions - 2), range(control.max_depth + 1)
+    room = context + control.max_depth + TRUE_ROWS + 1
+    cache, draft_cache = target.new_cache(max_batch, room), runner.new_cache(max_batch, room)
+    draft: dict[tuple[int, int], float] = {}
+    verify: dict[tuple[int, int], float] = {}
     for batch in batches:
-        best: dict[int, float] = {}
         for _ in range(ROUNDS):
-            for depth in range(times.max_depth + 1):
-                began = time.perf_counter()
-                _round(target, runner, cache, draft_cache, batch, depth, context)
-                ms = (time.perf_counter() - began) * 1e3
-                best[depth] = min(ms, best.get(depth, ms))
-        for depth, ms in best.items():
-            times.record(batch, depth, ms)
+            for depth in depths:
+                if depth:
+                    _best(draft, (batch, depth), lambda b=batch, d=depth: _draft(runner, draft_cache, b, d, context))  # type: ignore[misc]
+                _best(verify, (batch, batch * (1 + depth)), lambda b=batch, d=depth: _verify(target, cache, b, 1 + d, context))  # type: ignore[misc]
+    control.costs.profile(draft, verify)
 
 
-def _round(target: Target, runner: DraftRunner, cache: KVCache, draft_cache: KVCache, batch: int, depth: int, context: int) -> None:
+def _best(table: dict[tuple[int, int], float], cell: tuple[int, int], run: Callable[[], None]) -> None:
+    began = time.perf_counter()
+    run()
+    table[cell] = min((time.perf_counter() - began) * 1e3, table.get(cell, float("inf")))
+
+
+def _draft(runner: DraftRunner, cache: KVCache, batch: int, depth: int, context: int) -> None:
     at = torch.full((batch,), context)
-    if depth:
-        taps = torch.zeros(batch, 2, runner.shape.num_taps * runner.shape.hidden_size)
-        state = runner.extend(taps, torch.zeros(batch, 2, dtype=torch.long), (at - 2).unsqueeze(1) + torch.arange(2), draft_cache)[:, -1]
-        for j in range(depth):
-            ids = runner.logits(state).argmax(-1)
-            if j + 1 < depth:
-                state = runner.step(state, ids, at + j, draft_cache)
-    positions = at.unsqueeze(1) + torch.arange(1 + depth)
-    _, final = target.forward(torch.zeros(batch, 1 + depth, dtype=torch.long), positions, cache)
-    target.logits(final.flatten(0, 1)).argmax(-1).tolist()
+    taps = torch.zeros(batch, TRUE_ROWS, runner.shape.num_taps * runner.shape.hidden_size)
+    positions = (at - TRUE_ROWS).unsqueeze(1) + torch.arange(TRUE_ROWS)
+    state = runner.extend(taps, torch.zeros(batch, TRUE_ROWS, dtype=torch.long), positions, cache)[:, -1]
+    for j in range(depth):
+        ids = torch.tensor(runner.to_target(runner.logits(state).argmax(-1)).tolist())
+        if j + 1 < depth:
+            state = runner.step(state, ids, at + j, cache)
+
+
+def _verify(target: Target, cache: KVCache, batch: int, width: int, context: int) -> None:
+    positions = torch.arange(context, context + width).repeat(batch)
+    _, final = target.forward_rows(torch.zeros(batch * width, dtype=torch.long), positions, [width] * batch, cache)
+    target.logits(final).argmax(-1).tolist()

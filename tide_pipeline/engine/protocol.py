@@ -35,7 +35,7 @@ class EngineStats:
     drafts: dict[str, str]              # workload tag -> draft version
     draft_length_steps: dict[int, int]  # draft length -> engine steps that used it
     first_position_rate: dict[str, float] = field(default_factory=dict)   # workload -> the controller's estimate
-    step_ms: dict[str, float] = field(default_factory=dict)               # "b<batch>k<length>" -> measured step time
+    step_ms: dict[str, float] = field(default_factory=dict)               # measured costs, StepCosts.table()
 
 
 class Sink(Protocol):

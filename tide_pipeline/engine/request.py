@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tide_pipeline.contracts import GenerationRequest
+from tide_pipeline.engine.control import RequestSurvival
 from tide_pipeline.engine.drafts import ResidentDraft
 from tide_pipeline.engine.protocol import TokenStream
 from tide_pipeline.engine.text import TextStream
@@ -30,6 +31,7 @@ class ActiveRequest:
     consumed: int = 0
     cancelled: bool = False
     draft: ResidentDraft | None = None
+    survival: RequestSurvival | None = None
     draft_slot: int = -1                   # in the draft's cache
     draft_rows: int = 0                    # rows the draft's cache covers
     draft_state: Tensor | None = None      # [D] output of the draft's last true row

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     EMIT = 3                 # the residual or bonus token, and every token of plain decoding
 
 
+NUCLEUS_HEAD = 256         # tokens that top-p looks at first
+
 _MASK = (1 << 64) - 1
 
 
@@ -41,12 +43,17 @@ def distribution(logits_NV: Tensor, how: SamplingParams) -> Tensor:
         kth = scaled.topk(how.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kth, float("-inf"))
     p = scaled.softmax(-1)
-    if how.top_p < 1.0:
-        ordered, order = p.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= how.top_p          # the token that crosses top_p stays
-        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
+    return p if how.top_p >= 1.0 else _nucleus(p, how.top_p)
+
+
+def _nucleus(p_NV: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens up to the one that crosses top_p, renormalised. The whole vocabulary is sorted only when it must be."""
+    head, order = p_NV.topk(min(NUCLEUS_HEAD, p_NV.shape[-1]), dim=-1)
+    if float(head.sum(-1).amin()) < top_p:
+        head, order = p_NV.sort(dim=-1, descending=True)
+    beyond = head.cumsum(-1) - head >= top_p
+    kept = torch.zeros_like(p_NV).scatter_(-1, order, head.masked_fill(beyond, 0.0))
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def draw(p_V: Tensor, u: float) -> int:

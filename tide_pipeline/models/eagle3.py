@@ -113,10 +113,11 @@ class DraftRunner:
         return draft_ids if self.full_vocab else draft_ids + self.d2t[draft_ids]
 
     def _run(self, hidden_ND: Tensor, ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int) -> Tensor:
-        at = StepGeometry.build(positions_BW, first_slot, cache, self.cos, self.sin)
+        B, W = positions_BW.shape
+        at = StepGeometry.build(positions_BW.reshape(-1), [W] * B, first_slot, cache, self.cos, self.sin)
         size, eps = hidden_ND.shape[-1:], self.shape.eps
         embedded = F.rms_norm(self.embedding_VD[ids_BW.reshape(-1)], size, self.input_norm, eps)
         both = torch.cat((embedded, F.rms_norm(hidden_ND, size, self.hidden_norm, eps)), dim=-1)
         x = hidden_ND + self.layer.attend(both, cache, 0, at)
         x += self.layer.feed_forward(x)
-        return x.view(at.B, at.W, -1)
+        return x.view(B, W, -1)

@@ -1,12 +1,12 @@
 """The KV cache, where a step stands in it, and one decoder layer, shared by target and draft. Inference only.
 
-B = requests in the step, W = token rows per request, T = cached positions, D = hidden size,
-H = query heads, K = key/value heads, E = size of a head, N = B * W.
+B = requests in the step, W = token rows of a request, N = rows of all of them, T = cached positions, D = hidden size,
+H = query heads, K = key/value heads, E = size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,31 +45,42 @@ class KVCache:
 
 @dataclass(frozen=True)
 class StepGeometry:
-    """Where the rows of one step stand: built once per step, used by every layer."""
+    """Where the rows of one step stand: built once per step, used by every layer. Rows of a slot are neighbours.
+
+    Products run over the N rows alone; attention wants a rectangle, so where slots have different numbers of rows, its queries are padded.
+    """
 
     first_slot: int
     B: int
-    W: int
+    W: int                       # rows of the slot that has most
     T: int                       # cached positions any row may look at
     cos: Tensor                  # [N, 1, E]
     sin: Tensor
     cache_rows: Tensor           # [N] rows of the KV cache to write
     mask: Tensor | None          # [B, 1, G * W, T] additive; None when every row sees all T positions
+    pad: Tensor | None           # [B * W] row that stands at each place of the rectangle; None when N == B * W
+    unpad: Tensor | None         # [N] place of each row
 
     @staticmethod
-    def build(positions_BW: Tensor, first_slot: int, cache: KVCache, cos: Tensor, sin: Tensor) -> StepGeometry:
-        """Rows may look at every cached position up to their own."""
-        B, W = positions_BW.shape
-        flat = positions_BW.reshape(-1)
-        T = int(flat.max()) + 1
-        slots = torch.arange(first_slot, first_slot + B, device=flat.device).repeat_interleave(W)
-        mask = None
-        if B > 1 or W > 1:
-            hidden = torch.arange(T, device=flat.device) > positions_BW.unsqueeze(-1)          # [B, W, T]
-            mask = torch.zeros(B, 1, W, T, device=flat.device).masked_fill_(hidden.unsqueeze(1), float("-inf"))
-            groups = cache.heads.query // cache.heads.kv
-            mask = mask.repeat(1, 1, groups, 1).to(cache.rows.dtype)
-        return StepGeometry(first_slot, B, W, T, cos[flat].unsqueeze(1), sin[flat].unsqueeze(1), slots * cache.positions + flat, mask)
+    def build(positions_N: Tensor, widths: Sequence[int], first_slot: int, cache: KVCache, cos: Tensor, sin: Tensor) -> StepGeometry:
+        """`widths` are the rows of each slot. Rows may look at every cached position up to their own."""
+        B, W, N, device = len(widths), max(widths), len(positions_N), positions_N.device
+        T = int(positions_N.max()) + 1
+        widths_B = torch.tensor(widths, device=device)
+        slots_N = torch.arange(first_slot, first_slot + B, device=device).repeat_interleave(widths_B, output_size=N)
+        pad = unpad = mask = None
+        if B * W > N:
+            ends_B1 = widths_B.cumsum(0).unsqueeze(1)
+            places_BW = torch.arange(W, device=device).expand(B, W)
+            pad = torch.minimum(ends_B1 - widths_B.unsqueeze(1) + places_BW, ends_B1 - 1).flatten()
+            unpad = (places_BW < widths_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        if N > 1:
+            positions_BW = (positions_N if pad is None else positions_N[pad]).view(B, W)
+            hidden = torch.arange(T, device=device) > positions_BW.unsqueeze(-1)          # [B, W, T]
+            mask = torch.zeros(B, 1, W, T, device=device).masked_fill_(hidden.unsqueeze(1), float("-inf"))
+            mask = mask.repeat(1, 1, cache.heads.query // cache.heads.kv, 1).to(cache.rows.dtype)
+        return StepGeometry(first_slot, B, W, T, cos[positions_N].unsqueeze(1), sin[positions_N].unsqueeze(1),
+                            slots_N * cache.positions + positions_N, mask, pad, unpad)
 
 
 class DecoderLayer:
@@ -99,7 +110,7 @@ class DecoderLayer:
     def attend(self, x_ND: Tensor, cache: KVCache, layer: int, at: StepGeometry) -> Tensor:
         """Self-attention of the step's rows over the cache, which gains their keys and values: [N, in] -> [N, D]."""
         heads, groups = self.heads, self.heads.query // self.heads.kv
-        qkv = self.qkv(x_ND).view(at.B * at.W, heads.query + 2 * heads.kv, heads.size)
+        qkv = self.qkv(x_ND).view(-1, heads.query + 2 * heads.kv, heads.size)
         turned = qkv[:, : heads.query + heads.kv]
         if self.head_norms is not None:
             torch.mul(F.rms_norm(turned, turned.shape[-1:], None, self.eps), self.head_norms, out=turned)
@@ -107,11 +118,13 @@ class DecoderLayer:
         turned.mul_(at.cos).addcmul_(rolled, at.sin)
         cache.rows[layer].index_copy_(0, at.cache_rows, qkv[:, heads.query :].flatten(1))
         keys, values = cache.keys_values(layer, at.first_slot, at.B, at.T)
-        q = qkv[:, : heads.query].view(at.B, at.W, heads.kv, groups, heads.size).permute(0, 2, 3, 1, 4)
+        q_NHE = qkv[:, : heads.query] if at.pad is None else qkv[:, : heads.query][at.pad]
+        q = q_NHE.view(at.B, at.W, heads.kv, groups, heads.size).permute(0, 2, 3, 1, 4)
         q = q.reshape(at.B, heads.kv, groups * at.W, heads.size)
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
         o = o.view(at.B, heads.kv, groups, at.W, heads.size).permute(0, 3, 1, 2, 4)
-        return self.out(o.reshape(at.B * at.W, heads.query * heads.size))
+        o_NH = o.reshape(at.B * at.W, heads.query * heads.size)
+        return self.out(o_NH if at.unpad is None else o_NH[at.unpad])
 
     def feed_forward(self, x_ND: Tensor) -> Tensor:
         gate, up = self.gate_up(F.rms_norm(x_ND, x_ND.shape[-1:], self.post_norm, self.eps)).chunk(2, dim=-1)

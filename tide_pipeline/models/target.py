@@ -7,7 +7,7 @@ logits = lm_head · final. families.py says which networks, weights.py in which 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -91,16 +91,23 @@ class Target:
 
         Rows past a request's real tokens may be fed as padding: later steps overwrite what they leave in the cache.
         """
-        at = StepGeometry.build(positions_BW, first_slot, cache, self.cos, self.sin)
-        x = self.embedding_VD[ids_BW.reshape(-1)]
+        B, W = ids_BW.shape
+        taps_NG, final_ND = self.forward_rows(ids_BW.reshape(-1), positions_BW.reshape(-1), [W] * B, cache, first_slot)
+        return taps_NG.view(B, W, -1), final_ND.view(B, W, -1)
+
+    @torch.inference_mode()
+    def forward_rows(self, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache,
+                     first_slot: int = 0) -> tuple[Tensor, Tensor]:
+        """The same for slots with different numbers of tokens, side by side: widths[b] of them belong to slot first_slot + b."""
+        at = StepGeometry.build(positions_N, widths, first_slot, cache, self.cos, self.sin)
+        x = self.embedding_VD[ids_N]
         taps = []
         for i, layer in enumerate(self.layers):
             x = x + layer.attend(F.rms_norm(x, x.shape[-1:], self.input_norms[i], layer.eps), cache, i, at)
             x += layer.feed_forward(x)
             if i in self.spec.capture_layers:
                 taps.append(x)
-        final = F.rms_norm(x, x.shape[-1:], self.norm, self.shape.eps)
-        return torch.cat(taps, dim=-1).view(at.B, at.W, -1), final.view(at.B, at.W, -1)
+        return torch.cat(taps, dim=-1), F.rms_norm(x, x.shape[-1:], self.norm, self.shape.eps)
 
     @torch.inference_mode()
     def logits(self, final_ND: Tensor) -> Tensor:
