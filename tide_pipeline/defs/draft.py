@@ -3,7 +3,7 @@
 import dagster as dg
 
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
-from tide_pipeline.defs.lake import signal_windows
+from tide_pipeline.defs.lake import GROUP, signal_windows
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
@@ -13,7 +13,6 @@ from tide_pipeline.defs.trainer import (
     training_environment,
 )
 
-GROUP = "adaptation"
 TRAIN_POOL = "train_gpu"
 
 

@@ -4,9 +4,8 @@ import dagster as dg
 
 from tide_pipeline.defs.adaptation import served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, draft_engine
+from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
-
-GROUP = "promotion"
 
 
 @dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"])
