@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help install demo test lint types unit e2e gpu clean
+.PHONY: help install demo test lint types unit e2e gpu bench-quick clean
 
 help:
 	@echo "make demo      install into $(VENV), then run the whole loop once (DEMO_ARGS passes options)"
 	@echo "make test      install into $(VENV), then lint, types and all tests, the end-to-end test included"
 	@echo "make unit      fast tests only"
 	@echo "make gpu       tests that need a GPU"
+	@echo "make bench-quick   run each benchmark of the engine for a few seconds: that it works, not how fast it is"
 	@echo "make clean     stop a stack that is still up, remove $(VENV) and the state in .tide/"
 
 install: $(VENV)/.installed
@@ -47,6 +48,12 @@ e2e: install
 
 gpu: install
 	$(BIN)/pytest -m gpu
+
+bench-quick: install
+	@for script in decode adaptive capture_cost swaps; do \
+		echo "benchmarks/$$script.py --quick"; \
+		$(BIN)/python benchmarks/$$script.py --quick > /dev/null || exit 1; \
+	done
 
 clean:
 	-@test -x $(BIN)/tide && $(BIN)/tide down
