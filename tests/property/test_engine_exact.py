@@ -95,7 +95,7 @@ def schedules(draw: st.DrawFn) -> list[tuple[str, object]]:
 @given(schedule=schedules(), max_batch=st.integers(1, 4), chunk=st.sampled_from([3, 7, 64]), catch_up=st.sampled_from([2, 256]))
 def test_any_schedule_is_exact(world: World, schedule: list[tuple[str, object]], max_batch: int, chunk: int, catch_up: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tide_pipeline.engine.embedded.CATCH_UP_LIMIT", catch_up)
+        patch.setattr("tide_pipeline.engine.step.CATCH_UP_LIMIT", catch_up)
         _play(world, schedule, max_batch, chunk, patch)
 
 

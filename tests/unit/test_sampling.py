@@ -27,7 +27,7 @@ from tests.helpers import (
     write_tiny_target,
 )
 from tide_pipeline.contracts import EngineBuild, SamplingParams
-from tide_pipeline.engine import embedded
+from tide_pipeline.engine import step
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
 from tide_pipeline.models.target import Target
@@ -210,7 +210,7 @@ def _no_residual(drafted: list[int], q_KV: Tensor | None, p_WV: Tensor, seed: in
 
 @pytest.mark.parametrize("rule", [_always, _no_residual])
 def test_a_wrong_rule_fails_both_tests(small: tuple[Path, Target, EngineBuild], monkeypatch: pytest.MonkeyPatch, rule: object) -> None:
-    monkeypatch.setattr(embedded, "accept_sampled", rule)
+    monkeypatch.setattr(step, "accept_sampled", rule)
     assert _joint(small, 2, HOW["temperature"]) < 1e-6
     assert _along_the_way(small, 3, HOW["temperature"])[0] < 1e-6
 

@@ -29,11 +29,11 @@ from tide_pipeline.contracts import (
     TokenChunk,
 )
 from tide_pipeline.engine.control import Plan, RequestSurvival, Slot, SpeculationController
-from tide_pipeline.engine.drafts import Proposal, ResidentDraft
+from tide_pipeline.engine.drafts import ResidentDraft
 from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
-from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
+from tide_pipeline.engine.step import StepRunner, Verdict
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
@@ -41,8 +41,6 @@ from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
 from tide_pipeline.models.target import Target
 
 log = logging.getLogger(__name__)
-
-CATCH_UP_LIMIT = 256              # waiting tap rows of one request; beyond, its draft's cache is brought up to date
 
 
 class EmbeddedEngine:
@@ -59,6 +57,7 @@ class EmbeddedEngine:
         self.cache = self.target.new_cache(serve.max_batch + 1, padded)
         rows = max(serve.prefill_chunk, serve.max_batch * (1 + self.max_depth))
         self.ring = TapRing(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets)
+        self._runner = StepRunner(self.target, self.cache, self.ring)
         self.control = SpeculationController(speculation, self.max_depth)
         self.sink: Sink = sink or NullSink()
         self.sink.attach(self.ring, self.target.digest)
@@ -182,27 +181,16 @@ class EmbeddedEngine:
             self._sink(lambda: self.sink.on_open(RequestOpened(
                 how.request_id, how.workload, how.tenant, tuple(active.tokens[: active.num_prompt]), how.sampling, how.speculation)))
         active, began = self._prefilling, time.perf_counter()
-        chunk = active.tokens[active.consumed : active.consumed + self.serve.prefill_chunk]
-        positions = torch.arange(active.consumed, active.consumed + len(chunk)).unsqueeze(0)
-        taps, final = self.target.forward(torch.tensor([chunk]), positions, self.cache, first_slot=active.slot)
-        start, active.consumed = active.consumed, active.consumed + len(chunk)
-        emitted: tuple[int, ...] = ()
-        if active.consumed == active.num_prompt:
-            logits = self.target.logits(final[0, -1:])
-            emitted = (int(logits.argmax()) if active.greedy else
-                       draw(distribution(logits, active.request.sampling)[0],
-                            uniform(active.request.sampling.seed, active.num_prompt, Purpose.EMIT)),)
-        if active.fixed_length != 0:
-            active.waiting_taps.append(taps[0])
-        self.ring.next_slot()
-        handle = self.ring.put(taps[0], final[0] if self.spec.soft_targets else None)
+        start = active.consumed
+        chunk = tuple(active.tokens[start : start + self.serve.prefill_chunk])
+        handle, token = self._runner.prefill(active, chunk)
         self._count["prompt"] += len(chunk)
-        event = StepEvent(active.request.request_id, StepKind.PREFILL, start, tuple(chunk), emitted, (), 0, active.version, 0, 1,
-                          (time.perf_counter() - began) * 1e3, handle)
+        event = StepEvent(active.request.request_id, StepKind.PREFILL, start, chunk, () if token is None else (token,), (), 0,
+                          active.version, 0, 1, (time.perf_counter() - began) * 1e3, handle)
         self._sink(lambda: self.sink.on_step((event,)))
-        if emitted:
+        if token is not None:
             self._join(active)
-            self._advance(active, *self._take(active, list(emitted)))
+            self._advance(active, *self._runner.take(active, [token]))
 
     def _join(self, active: ActiveRequest) -> None:
         """From the spare slot to the lowest free one, and to the draft it will keep to its end."""
@@ -221,99 +209,53 @@ class EmbeddedEngine:
 
     def _decode(self) -> None:
         began, running = time.perf_counter(), list(self._running)
-        B = len(running)
         behind = max(r.waiting_rows if r.draft else 0 for r in running)
         plan = self._plan(running)
-        proposals = self._propose(running, plan)
+        proposals = self._runner.propose(running, plan)
         drafted_at = time.perf_counter()
-        widths = [1 + len(p.tokens) for p in proposals]
-        ids_N = torch.tensor([token for r, p in zip(running, proposals, strict=True) for token in (r.tokens[-1], *p.tokens)])
-        positions_N = torch.tensor([r.consumed + j for r, width in zip(running, widths, strict=True) for j in range(width)])
-        taps_NG, final_ND = self.target.forward_rows(ids_N, positions_N, widths, self.cache)
-        logits_NV = self.target.logits(final_ND)
-        argmax_N = logits_NV.argmax(-1).tolist()
-        self.ring.next_slot()
-        verdicts, at = [], 0
-        for r, p, width in zip(running, proposals, widths, strict=True):
-            how = r.request.sampling
-            n, emitted = accept_greedy(p.tokens, argmax_N[at : at + width]) if r.greedy else accept_sampled(
-                p.tokens, p.q_KV, distribution(logits_NV[at : at + width], how), how.seed, len(r.tokens))
-            emitted, text = self._take(r, emitted)
-            rows = len(emitted)                                    # rows of the last token and of the accepted drafts kept
-            drafted = p.tokens if rows > n else p.tokens[:rows]    # what stands past the end was neither accepted nor refused
-            if r.draft is not None:
-                r.waiting_taps.append(taps_NG[at : at + rows])
-            handle = self.ring.put(taps_NG[at : at + rows], final_ND[at : at + rows] if self.spec.soft_targets else None)
-            verdicts.append((r, drafted, min(n, rows), emitted, text, handle))
-            at += width
+        verdicts = self._runner.verify(running, proposals)
         ended = time.perf_counter()
-        events = []
-        for r, drafted, n, emitted, _, handle in verdicts:
-            what = StepKind.DECODE if not drafted else plan.kind if r.fixed_length is None else StepKind.VERIFY
-            consumed = (r.tokens[-1], *emitted[:-1])
-            events.append(StepEvent(r.request.request_id, what, r.consumed, consumed, tuple(emitted), tuple(drafted), n,
-                                    r.version, len(drafted), B, (ended - began) * 1e3, handle))
-            self._observe(r, drafted, n)
-            r.consumed += len(emitted)
+        events = [self._event(v, plan, len(running), (ended - began) * 1e3) for v in verdicts]
+        for v in verdicts:
+            self._observe(v)
         self._sink(lambda: self.sink.on_step(events))
-        for r, _, _, emitted, text, _ in verdicts:
-            self._advance(r, emitted, text)
-        if behind <= 1 + self.max_depth:                           # a longer catch-up is no part of a step's usual cost
-            members = sum(r.draft is not None for r in running)
-            self.control.costs.observe(B, at, (ended - drafted_at) * 1e3, members, plan.depth, (drafted_at - began) * 1e3)
+        for v in verdicts:
+            self._advance(v.request, v.emitted, v.text)
+        if plan.depth == 0 or behind <= 1 + self.max_depth:        # a longer catch-up is no part of a step's usual cost
+            rows, members = sum(1 + len(p.tokens) for p in proposals), sum(r.draft is not None for r in running)
+            self.control.costs.observe(len(running), rows, (ended - drafted_at) * 1e3, members, plan.depth, (drafted_at - began) * 1e3)
         self._account(plan, (time.perf_counter() - began) * 1e3)
-
-    # --- parts of a step ------------------------------------------------------------------------------------------
 
     def _plan(self, running: list[ActiveRequest]) -> Plan:
         """Draft lengths that the requests have use for, at most to the token before their last."""
         slots = [Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length) for r in running]
         return self.control.plan(slots, self._catch_up_ms(running))
 
-    def _propose(self, running: list[ActiveRequest], plan: Plan) -> list[Proposal]:
-        """Draft tokens by request, in order; empty where none are to be verified."""
-        out = {id(r): Proposal([]) for r in running}
-        for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
-            lengths = [plan.lengths[m.slot] for m in draft.members]
-            if any(lengths):
-                out |= {id(m): proposal for m, proposal in zip(draft.members, draft.propose(lengths), strict=True)}
-            else:
-                draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
-        return [out[id(r)] for r in running]
-
     def _catch_up_ms(self, running: list[ActiveRequest]) -> float:
         """Estimated from the rows that wait: a draft row costs about a hundredth of a plain step."""
         waiting = sum(r.waiting_rows for r in running if r.draft is not None)
         return waiting * self.control.costs.verify_ms(1, 1) / 100.0
 
-    def _take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:
-        """The tokens of a step that the request takes, and their text. It ends at max_tokens, at end-of-text and at a stop
-        string, on the same token as plain decoding does."""
-        emitted, how = emitted[: r.remaining], r.request.sampling
-        if not how.ignore_eos:
-            end = next((i for i, token in enumerate(emitted) if token in self.target.shape.eos_ids), len(emitted))
-            emitted = emitted[: end + 1]
-        if not how.stop:
-            return emitted, r.text.push(emitted)
-        text = ""
-        for i, token in enumerate(emitted):
-            text += r.text.push([token])
-            if r.text.stopped:
-                return emitted[: i + 1], text
-        return emitted, text
+    def _event(self, v: Verdict, plan: Plan, batch: int, step_ms: float) -> StepEvent:
+        r = v.request
+        kind = StepKind.DECODE if not v.drafted else plan.kind if r.fixed_length is None else StepKind.VERIFY
+        return StepEvent(r.request.request_id, kind, r.consumed, (r.tokens[-1], *v.emitted[:-1]), tuple(v.emitted), tuple(v.drafted),
+                         v.accepted, r.version, len(v.drafted), batch, step_ms, v.taps)
 
-    def _observe(self, r: ActiveRequest, drafted: list[int], n: int) -> None:
+    def _observe(self, v: Verdict) -> None:
+        r = v.request
+        r.consumed += len(v.emitted)
         r.target_steps += 1
         self._count["steps"] += 1
-        if drafted:
+        if v.drafted:
             r.verify_steps += 1
-            r.drafted_tokens += len(drafted)
-            r.accepted_tokens += n
+            r.drafted_tokens += len(v.drafted)
+            r.accepted_tokens += v.accepted
             self._count["verify"] += 1
-            self._count["drafted"] += len(drafted)
-            self._count["accepted"] += n
+            self._count["drafted"] += len(v.drafted)
+            self._count["accepted"] += v.accepted
         if r.survival is not None:
-            r.survival.observe(len(drafted), n)
+            r.survival.observe(len(v.drafted), v.accepted)
 
     def _account(self, plan: Plan, ms: float) -> None:
         self._depth_steps[plan.depth] += 1

@@ -1,0 +1,104 @@
+"""What the networks do in a step: a prompt chunk, drafting, verification. Knows running requests; no queue, no client, no sink."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tide_pipeline.contracts import TapHandle
+from tide_pipeline.engine.control import Plan
+from tide_pipeline.engine.drafts import Proposal
+from tide_pipeline.engine.request import ActiveRequest
+from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
+from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.models.layers import KVCache
+from tide_pipeline.models.target import Target
+
+CATCH_UP_LIMIT = 256              # waiting tap rows of one request; beyond, its draft's cache is brought up to date
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step did for one request."""
+
+    request: ActiveRequest
+    drafted: list[int]             # draft tokens that were accepted or refused; what stood past the end is neither
+    accepted: int
+    emitted: list[int]
+    text: str
+    taps: TapHandle
+
+
+class StepRunner:
+    """Target, its cache and the tap ring, for one engine thread."""
+
+    def __init__(self, target: Target, cache: KVCache, ring: TapRing) -> None:
+        self.target, self.cache, self.ring = target, cache, ring
+
+    def prefill(self, r: ActiveRequest, chunk: Sequence[int]) -> tuple[TapHandle, int | None]:
+        """Consume the next chunk of a prompt; with the last one, the first output token."""
+        positions_N = torch.arange(r.consumed, r.consumed + len(chunk))
+        taps_NG, final_ND = self.target.forward_rows(torch.tensor(chunk), positions_N, [len(chunk)], self.cache, first_slot=r.slot)
+        r.consumed += len(chunk)
+        token = None
+        if r.consumed == r.num_prompt:
+            logits_1V, how = self.target.logits(final_ND[-1:]), r.request.sampling
+            token = int(logits_1V.argmax()) if r.greedy else draw(distribution(logits_1V, how)[0],
+                                                                  uniform(how.seed, r.num_prompt, Purpose.EMIT))
+        if r.fixed_length != 0:
+            r.waiting_taps.append(taps_NG)
+        self.ring.next_slot()
+        return self.ring.put(taps_NG, final_ND if self.ring.with_final else None), token
+
+    def propose(self, running: Sequence[ActiveRequest], plan: Plan) -> list[Proposal]:
+        """Draft tokens by request, in order; empty where none are to be verified."""
+        out = {id(r): Proposal([]) for r in running}
+        for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
+            lengths = [plan.lengths[m.slot] for m in draft.members]
+            if any(lengths):
+                out |= {id(m): proposal for m, proposal in zip(draft.members, draft.propose(lengths), strict=True)}
+            else:
+                draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
+        return [out[id(r)] for r in running]
+
+    def verify(self, running: Sequence[ActiveRequest], proposals: Sequence[Proposal]) -> list[Verdict]:
+        """One pass of the target over the last token and the draft tokens of every request."""
+        widths = [1 + len(p.tokens) for p in proposals]
+        ids_N = torch.tensor([token for r, p in zip(running, proposals, strict=True) for token in (r.tokens[-1], *p.tokens)])
+        positions_N = torch.tensor([r.consumed + j for r, width in zip(running, widths, strict=True) for j in range(width)])
+        taps_NG, final_ND = self.target.forward_rows(ids_N, positions_N, widths, self.cache)
+        logits_NV = self.target.logits(final_ND)
+        argmax_N = logits_NV.argmax(-1).tolist()
+        self.ring.next_slot()
+        verdicts, at = [], 0
+        for r, p, width in zip(running, proposals, widths, strict=True):
+            how = r.request.sampling
+            n, emitted = accept_greedy(p.tokens, argmax_N[at : at + width]) if r.greedy else accept_sampled(
+                p.tokens, p.q_KV, distribution(logits_NV[at : at + width], how), how.seed, len(r.tokens))
+            emitted, text = self.take(r, emitted)
+            kept = slice(at, at + len(emitted))                    # rows of the last token and of the accepted drafts
+            if r.draft is not None:
+                r.waiting_taps.append(taps_NG[kept])
+            handle = self.ring.put(taps_NG[kept], final_ND[kept] if self.ring.with_final else None)
+            drafted = p.tokens if len(emitted) > n else p.tokens[: len(emitted)]
+            verdicts.append(Verdict(r, drafted, min(n, len(emitted)), emitted, text, handle))
+            at += width
+        return verdicts
+
+    def take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:
+        """The tokens of a step that the request takes, and their text. It ends at max_tokens, at end-of-text and at a stop
+        string, on the same token as plain decoding does."""
+        emitted, how = emitted[: r.remaining], r.request.sampling
+        if not how.ignore_eos:
+            end = next((i for i, token in enumerate(emitted) if token in self.target.shape.eos_ids), len(emitted))
+            emitted = emitted[: end + 1]
+        if not how.stop:
+            return emitted, r.text.push(emitted)
+        text = ""
+        for i, token in enumerate(emitted):
+            text += r.text.push([token])
+            if r.text.stopped:
+                return emitted[: i + 1], text
+        return emitted, text
