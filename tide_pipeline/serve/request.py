@@ -90,8 +90,14 @@ def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
     """Triton's generate endpoint makes a request parameter of every JSON key that is no input: a typing error would pass unseen."""
     for name in parameters:
         if name not in RESERVED and not name.startswith("triton_"):
-            near = difflib.get_close_matches(name, [spec.name for spec in INPUTS], n=1)
-            raise InvalidRequest(f"unknown input {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise unknown_input(name)
+
+
+def unknown_input(name: str) -> InvalidRequest:
+    """With the nearest known name: for `max_tokens` the one that ends so."""
+    known, name = [spec.name for spec in INPUTS], name[:80]
+    near = [spec for spec in known if spec.endswith(f"_{name}")] or difflib.get_close_matches(name, known, n=1)
+    return InvalidRequest(f"unknown input {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 
 def _decode(name: str, value: Any) -> str:
