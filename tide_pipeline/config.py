@@ -142,7 +142,8 @@ class StackSettings:
     """The local stack. Port 0 means any free port; everything listens on loopback."""
 
     host: str = "127.0.0.1"
-    triton_http_port: int = 0
+    front_port: int = 0                # where clients send requests
+    triton_http_port: int = 0          # of the replica behind it
     triton_grpc_port: int = 0
     triton_metrics_port: int = 0
     mlflow_port: int = 0

@@ -99,10 +99,10 @@ def test_the_whole_stack_in_the_foreground(tmp_path: Path) -> None:
     """What docker-compose.yml runs: every part, a fixed port, traffic, SIGTERM, nothing left."""
     state, engines, tide = tmp_path / "state", write_engine(tmp_path / "engines"), str(Path(sys.executable).with_name("tide"))
     shared = ["--state", str(state), "--set", f"engines_dir={json.dumps(str(engines))}", "--set", 'engine="tiny"']
-    port = choose_ports(StackSettings(), ("triton_http_port",))[0]
+    port = choose_ports(StackSettings(), ("front_port",))[0]
     with (tmp_path / "up.log").open("w") as log:
         stack = subprocess.Popen([tide, "up", "--foreground", *shared, "--set", 'stack.host="0.0.0.0"',
-                                  "--set", f"stack.triton_http_port={port}"], stdout=log, stderr=subprocess.STDOUT)
+                                  "--set", f"stack.front_port={port}"], stdout=log, stderr=subprocess.STDOUT)
     try:
         gives_up = time.monotonic() + 300
         while "tide down" not in (tmp_path / "up.log").read_text():

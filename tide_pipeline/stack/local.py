@@ -24,6 +24,7 @@ from tide_pipeline import recipes
 from tide_pipeline.config import StatePaths, TideConfig, override, project_root
 from tide_pipeline.errors import StackError
 from tide_pipeline.provenance import write_atomic
+from tide_pipeline.serve.front.replicas import ReplicaSpec, write_replicas
 from tide_pipeline.serve.process import choose_ports
 from tide_pipeline.stack import probes, record, services
 from tide_pipeline.stack.processes import ProcessRef, Service, find, said, start, stop, wait_until
@@ -31,7 +32,7 @@ from tide_pipeline.stack.record import StackRecord
 from tide_pipeline.stack.services import DEFINITIONS, Place
 
 Say = Callable[[str], None]
-PORTS = ("triton_http_port", "triton_grpc_port", "triton_metrics_port", "mlflow_port", "dagster_port", "dagster_code_port")
+PORTS = ("front_port", "triton_http_port", "triton_grpc_port", "triton_metrics_port", "mlflow_port", "dagster_port", "dagster_code_port")
 PARTS = ("mlflow", "replica", "dagster")
 
 
@@ -143,17 +144,18 @@ class _Starter:
             code, web = self._start(services.dagster_code(self.place)), self._start(services.dagster_web(self.place))
         replica = self._replica() if "replica" in parts else None
         if "dagster" in parts:
-            self._await_dagster(code, web)
+            daemon = self._await_dagster(code, web)
         if mlflow is not None:
             wait_until(lambda: probes.answers(f"{self.place.urls['mlflow']}/health", "OK"), mlflow, self.timeout_s)
             self._ready("mlflow", began)
         if replica is not None:
             wait_until(lambda: probes.supervisor_is_ready(self.place.replica_state_file), replica, self.timeout_s)
+            front = self._front()
+            wait_until(lambda: probes.answers(f"{self.place.urls['triton']}/v2/health/ready"), front, self.timeout_s)
             self._ready("triton", began)
             if mlflow is not None:
                 self._register_shipped()
         if "dagster" in parts:
-            daemon = self.record.processes[-1]
             wait_until(lambda: probes.daemon_beats(self.place.urls["dagster"], daemon.started_at), daemon, self.timeout_s)
             self._ready("dagster", began)
         self.record = dataclasses.replace(self.record, ready=True)
@@ -173,12 +175,17 @@ class _Starter:
         self.place.replica_state_file.unlink(missing_ok=True)
         return self._start(services.replica(self.place))
 
-    def _await_dagster(self, code: ProcessRef, web: ProcessRef) -> None:
+    def _front(self) -> ProcessRef:
+        write_replicas(self.place.replicas_file, [ReplicaSpec(self.config.serve.replica, self.place.urls["triton_replica"])])
+        self.place.front_state_file.unlink(missing_ok=True)
+        return self._start(services.front(self.place))
+
+    def _await_dagster(self, code: ProcessRef, web: ProcessRef) -> ProcessRef:
         """The daemon comes last: it looks for code once a minute."""
         stack = self.config.stack
         wait_until(lambda: probes.listens(self.place.near, stack.dagster_code_port), code, self.timeout_s)
         wait_until(lambda: probes.definitions_are_loaded(self.place.urls["dagster"]), web, self.timeout_s)
-        self._start(services.dagster_daemon(self.place))
+        return self._start(services.dagster_daemon(self.place))
 
     def _register_shipped(self) -> None:
         """Once per state directory. Serving needs no registry: a failure is told and gone on from."""

@@ -2,6 +2,7 @@
 
     mlflow           tracking server and registry on SQLite; artifacts are plain files beside it
     replica          the supervisor of one Triton, with the engine in it
+    front            what clients talk to: checks requests, passes them on to the replica
     dagster_code     the code server that webserver, daemon and `dagster job launch` share; runs are its children
     dagster_web      the webserver
     dagster_daemon   sensors, run queue, run monitoring
@@ -47,13 +48,23 @@ class Place:
     @property
     def urls(self) -> dict[str, str]:
         s, near = self.config.stack, self.near
-        return {"triton": f"http://{near}:{s.triton_http_port}", "triton_grpc": f"{near}:{s.triton_grpc_port}",
-                "triton_metrics": f"http://{near}:{s.triton_metrics_port}/metrics", "mlflow": f"http://{near}:{s.mlflow_port}",
-                "dagster": f"http://{near}:{s.dagster_port}", "dagster_code": f"{near}:{s.dagster_code_port}"}
+        return {"triton": f"http://{near}:{s.front_port}", "triton_replica": f"http://{near}:{s.triton_http_port}",
+                "triton_grpc": f"{near}:{s.triton_grpc_port}", "triton_metrics": f"http://{near}:{s.triton_metrics_port}/metrics",
+                "mlflow": f"http://{near}:{s.mlflow_port}", "dagster": f"http://{near}:{s.dagster_port}",
+                "dagster_code": f"{near}:{s.dagster_code_port}"}
 
     @property
     def replica_state_file(self) -> Path:
         return self.config.state.root / "replica.json"
+
+    @property
+    def front_state_file(self) -> Path:
+        return self.config.state.root / "front.json"
+
+    @property
+    def replicas_file(self) -> Path:
+        """What the front sends requests to."""
+        return self.config.state.root / "replicas.json"
 
     def shell_environment(self) -> dict[str, str]:
         """What a command needs to talk to this stack: written to <state>/env.sh."""
@@ -89,6 +100,12 @@ def mlflow_server(place: Place) -> Service:
 def replica(place: Place) -> Service:
     return _service(place, "replica", "tide_pipeline.serve.supervisor", "--config", str(place.config_file),
                     "--state-file", str(place.replica_state_file), nice=0)
+
+
+def front(place: Place) -> Service:
+    s = place.config.stack
+    return _service(place, "front", "tide_pipeline.serve.front", "--replicas", str(place.replicas_file),
+                    "--state-file", str(place.front_state_file), "--host", s.host, "--port", str(s.front_port), nice=0)
 
 
 def registrar(place: Place) -> Service:
