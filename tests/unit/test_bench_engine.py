@@ -43,7 +43,7 @@ def test_a_request_that_fails_is_an_error(tiny_dir: Path, monkeypatch: pytest.Mo
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(engine.target, "forward", broken)
+    monkeypatch.setattr(engine.target, "forward_rows", broken)
     with pytest.raises(RuntimeError, match="ended with error"):
         serve(engine, [ask("abc", 4, "off")])
 
