@@ -156,6 +156,7 @@ def test_estimates_are_per_workload_and_draft_and_die_with_the_draft() -> None:
     control.survival("a", "v1").observe(1, 0)
     assert control.survival("a", "v1").rates() != control.survival("b", "v1").rates()
     assert control.survival("a", "v2").rates() == control.survival("b", "v1").rates()
+    assert control.survival("a", "v1", is_sampled=True).rates() == control.survival("b", "v1").rates()
     control.forget({"v2"})
     assert control.survival("a", "v1").rates() == control.survival("b", "v1").rates()
 

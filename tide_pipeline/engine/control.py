@@ -89,19 +89,20 @@ class Plan:
 
 
 class SpeculationController:
-    """One per engine. Acceptance is kept per (workload, draft version): a new draft starts from the prior, a request from its workload."""
+    """One per engine. Acceptance is kept per workload, draft version, and greedy or sampled: a new draft starts from the prior, a request
+    from its workload."""
 
     def __init__(self, settings: SpeculationSettings, max_depth: int) -> None:
         self.settings, self.max_depth = settings, min(max_depth, settings.max_draft_length)
         self.costs = StepCosts()
-        self._workloads: dict[tuple[str, str], Survival] = {}
+        self._workloads: dict[tuple[str, str, bool], Survival] = {}
         self._learned = 0
         self._probe_credit_ms = 0.0
         self.probe_ms = 0.0
 
-    def survival(self, workload: str, draft_version: str) -> Survival:
-        """Of all requests of a workload that this draft served."""
-        key = (workload, draft_version)
+    def survival(self, workload: str, draft_version: str, is_sampled: bool = False) -> Survival:
+        """Of all requests of a workload that this draft served; sampled text is harder to draft than greedy text."""
+        key = (workload, draft_version, is_sampled)
         if key not in self._workloads:
             self._workloads[key] = Survival(self.max_depth, self.settings.survival_window, self.settings.prior_acceptance)
         return self._workloads[key]

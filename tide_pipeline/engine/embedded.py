@@ -203,7 +203,7 @@ class EmbeddedEngine:
             draft = self._drafts.get(active.request.workload) or self._drafts.get(ANY_WORKLOAD)
         if draft is not None and active.fixed_length != 0:
             draft.join(active)
-            active.survival = RequestSurvival(self.control.survival(active.request.workload, active.version))
+            active.survival = RequestSurvival(self.control.survival(active.request.workload, active.version, not active.greedy))
         else:
             active.waiting_taps.clear()
 
