@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import tiny_spec, write_tiny_build, write_tiny_target
+import pytest
+
+from tests.helpers import ask, tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
 from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.deployment.builds import save_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import freeze
+from tide_pipeline.serve.client import TritonClient
 
 CONTEXT = 512
 
@@ -63,3 +66,13 @@ def write_place(folder: Path, values: Mapping[str, Any] | None = None) -> Place:
     config = override(TideConfig(engine="tiny", engines_dir=str(folder / "engines"), state_dir=str(folder / "state")), values or {})
     freeze(config, folder / "tide.toml")
     return Place(config, folder / "tide.toml", Target(engine / "target", load_engine_spec(engine)))
+
+
+def cancel_while_it_streams(client: TritonClient) -> None:
+    """Cancel the request "slow" by its id after its first piece; its stream says so."""
+    with client.stream(ask("slow", "hello world", max_tokens=480, ignore_eos=True)) as pieces:
+        told = iter(pieces)
+        next(told)
+        client.cancel("slow")
+        with pytest.raises(Exception, match="cancelled"):
+            list(told)

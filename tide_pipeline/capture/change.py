@@ -13,7 +13,11 @@ class PageHinkley:
 
     def __init__(self, delta: float, threshold: float, *, min_values: int = 30, alpha: float = 0.9999) -> None:
         self._delta, self._threshold, self._min_values, self._alpha = delta, threshold, min_values, alpha
-        self._count, self._mean, self._sum, self._highest = 0, 0.0, 0.0, float("-inf")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._count = 0
+        self._mean, self._sum, self._highest = 0.0, 0.0, float("-inf")
 
     def update(self, value: float) -> bool:
         self._count += 1
@@ -22,5 +26,5 @@ class PageHinkley:
         self._highest = max(self._highest, self._sum)
         alarm = self._count >= self._min_values and self._highest - self._sum > self._threshold
         if alarm:
-            self._count, self._mean, self._sum, self._highest = 0, 0.0, 0.0, float("-inf")
+            self._begin()
         return alarm

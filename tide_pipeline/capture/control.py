@@ -24,6 +24,7 @@ MAX_WORKLOADS = 256                # tags come from clients; the least recently 
 class _Watch:
     """One workload since its draft last changed."""
 
+    change: PageHinkley
     collecting: bool = True
     seen: int = 0
     total: float = 0.0             # of the first N_init
@@ -31,7 +32,6 @@ class _Watch:
     long: float = 0.0
     best: float = 0.0              # highest long EMA, once it remembers enough requests to be a bar
     asked: int = 0                 # requests that asked should_collect
-    change: PageHinkley | None = None
 
 
 class CollectionControl:
@@ -59,8 +59,6 @@ class CollectionControl:
         if watch.seen * (1 - s.ema_long) >= 1:     # eight lucky requests must not set a bar that nothing reaches again
             watch.best = max(watch.best, watch.long)
         reference = max(watch.long, watch.best)
-        if watch.change is None:
-            watch.change = PageHinkley(s.change_delta, s.change_threshold)
         if watch.change.update(acceptance) or watch.short < reference - s.epsilon:
             watch.collecting = True
         elif watch.short >= max(reference - s.epsilon / 2, HEALTHY_RATE):
@@ -102,7 +100,8 @@ class CollectionControl:
         return out
 
     def _watch(self, workload: str) -> _Watch:
-        watch = self._watches.pop(workload, None) or _Watch()
+        s = self._settings
+        watch = self._watches.pop(workload, None) or _Watch(PageHinkley(s.change_delta, s.change_threshold))
         self._watches[workload] = watch            # most recently seen last
         if len(self._watches) > MAX_WORKLOADS:
             del self._watches[next(iter(self._watches))]

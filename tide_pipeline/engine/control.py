@@ -121,8 +121,7 @@ class SpeculationController:
             return self._learn(slots, auto, lengths)
         best = self._best(slots, auto, lengths)
         if not any(best[i] for i in auto) and self._probe_due(slots, auto, catch_up_ms):
-            probe = min(self.settings.probe_length, self.max_depth)
-            return Plan([min(probe, slots[i].cap) if i in set(auto) else n for i, n in enumerate(lengths)], StepKind.PROBE)
+            return Plan(_with_auto(slots, auto, lengths, self._probe_length), StepKind.PROBE)
         return Plan(best)
 
     def earn(self, step_ms: float) -> None:
@@ -130,7 +129,7 @@ class SpeculationController:
         self._probe_credit_ms += step_ms * self.settings.probe_share
 
     def _best(self, slots: Sequence[Slot], auto: Sequence[int], lengths: list[int]) -> list[int]:
-        batch, members, floor = len(slots), sum(slot.survival is not None for slot in slots), max(lengths)
+        batch, members, floor = len(slots), _members(slots), max(lengths)
         candidates = sorted(((-chance, j, i) for i in auto for j, chance in enumerate(_chances(slots[i]), start=1)))
         rows, tokens = batch + sum(lengths), float(batch) + sum(sum(_chances(slots[i])[:n]) for i, n in enumerate(lengths) if n)
         best_rate = tokens / (self.costs.draft_ms(members, floor) + self.costs.verify_ms(batch, rows))
@@ -158,19 +157,35 @@ class SpeculationController:
         depth = self._learned % (self.max_depth + 1)
         self._learned += 1
         self.costs.is_profiled = self._learned >= LEARNING_STEPS * (self.max_depth + 1)
-        return Plan([min(depth, slots[i].cap) if i in set(auto) else n for i, n in enumerate(lengths)])
+        return Plan(_with_auto(slots, auto, lengths, depth))
+
+    @property
+    def _probe_length(self) -> int:
+        return min(self.settings.probe_length, self.max_depth)
 
     def _probe_due(self, slots: Sequence[Slot], auto: Sequence[int], catch_up_ms: float) -> bool:
         """Whether the earned time pays for a probe now, catch-up of the draft's cache included."""
-        batch, length = len(slots), min(self.settings.probe_length, self.max_depth)
-        members = sum(slot.survival is not None for slot in slots)
+        batch, length = len(slots), self._probe_length
         more = self.costs.verify_ms(batch, batch + length * len(auto)) - self.costs.verify_ms(batch, batch)
-        cost = max(more, 0.0) + self.costs.draft_ms(members, length) + catch_up_ms
+        cost = max(more, 0.0) + self.costs.draft_ms(_members(slots), length) + catch_up_ms
         if self._probe_credit_ms < cost:
             return False
         self._probe_credit_ms -= cost
         self.probe_ms += cost
         return True
+
+
+def _members(slots: Sequence[Slot]) -> int:
+    """Requests that are drafted for when any is."""
+    return sum(slot.survival is not None for slot in slots)
+
+
+def _with_auto(slots: Sequence[Slot], auto: Sequence[int], lengths: Sequence[int], depth: int) -> list[int]:
+    """`lengths`, with `depth` for the requests that the controller decides for."""
+    out = list(lengths)
+    for i in auto:
+        out[i] = min(depth, slots[i].cap)
+    return out
 
 
 def _chances(slot: Slot) -> list[float]:
