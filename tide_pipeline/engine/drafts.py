@@ -94,7 +94,7 @@ class ResidentDraft:
         if not any(m.waiting_rows for m in members):
             return
         W = max(m.waiting_rows for m in members)
-        taps = torch.zeros(len(members), W, self.runner.shape.num_taps * self.runner.shape.hidden_size)
+        taps = self.runner.empty_taps(len(members), W)
         ids = torch.zeros(len(members), W, dtype=torch.long)
         starts = torch.tensor([m.draft_rows for m in members])
         for i, m in enumerate(members):
@@ -121,8 +121,8 @@ class ResidentDraft:
                 how = m.request.sampling
                 q = distribution(logits_BV[i : i + 1], how)[0]
                 if not self.runner.full_vocab:
-                    wide = torch.zeros(self.runner.shape.vocab_size, dtype=q.dtype)
-                    q = wide.index_add_(0, self.runner.to_target(torch.arange(len(q))), q)    # adds: d2t may name a token twice
+                    wide = q.new_zeros(self.runner.shape.vocab_size)
+                    q = wide.index_add_(0, self.runner.to_target(torch.arange(len(q), device=q.device)), q)  # d2t may name a token twice
                 kept[i].append(q)
                 ids[i] = draw(q, uniform(how.seed, len(m.tokens) + j, Purpose.DRAFT))
         return ids

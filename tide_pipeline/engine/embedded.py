@@ -38,6 +38,7 @@ from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
+from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class EmbeddedEngine:
     def __init__(self, model_dir: Path, spec: EngineSpec, serve: ServeSettings, speculation: SpeculationSettings,
                  sink: Sink | None = None) -> None:
         self.spec, self.serve = spec, serve
-        self.target = Target(model_dir, spec)
+        self.target = Target(model_dir, spec, device_of(serve.device))
         self.codec = TextCodec(model_dir)
         self.positions = min(spec.max_context, self.target.shape.max_positions)
         self.max_depth = spec.max_draft_length

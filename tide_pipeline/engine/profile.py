@@ -45,7 +45,7 @@ def _best(table: dict[tuple[int, int], float], cell: tuple[int, int], run: Calla
 
 def _draft(runner: DraftRunner, cache: KVCache, batch: int, depth: int, context: int) -> None:
     at = torch.full((batch,), context)
-    taps = torch.zeros(batch, TRUE_ROWS, runner.shape.num_taps * runner.shape.hidden_size)
+    taps = runner.empty_taps(batch, TRUE_ROWS)
     positions = (at - TRUE_ROWS).unsqueeze(1) + torch.arange(TRUE_ROWS)
     state = runner.extend(taps, torch.zeros(batch, TRUE_ROWS, dtype=torch.long), positions, cache)[:, -1]
     for j in range(depth):
