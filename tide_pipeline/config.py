@@ -41,7 +41,8 @@ class SpeculationSettings:
     probe_share: float = 0.005         # of serving time, catch-up included
     survival_window: int = 200         # steps an acceptance estimate remembers (per workload and position)
     prior_acceptance: float = 0.7      # per-position, before anything is known of a draft
-    switch_margin: float = 0.02        # expected gain below which the controller stays off
+    switch_margin: float = 0.01        # expected gain below which the controller stays off
+    early_stop: bool = True            # drafts of greedy requests end where the draft is unsure, and go on where it is not
 
 
 @dataclass(frozen=True)

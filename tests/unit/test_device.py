@@ -79,9 +79,9 @@ def test_a_draft_is_where_its_target_is(tiny_dir: Path, tiny_target: Target) -> 
     for target in (narrow, tiny_target):
         runner = DraftRunner(draft, target.embedding_VD)
         cache, taps = runner.new_cache(1, 16), plain_pass(target, [1, 2, 3, 4])[0]
-        state = runner.extend(taps.unsqueeze(0), torch.tensor([[2, 3, 4, 5]]), torch.arange(4).unsqueeze(0), cache)[:, -1]
+        state = runner.extend(taps, torch.tensor([2, 3, 4, 5]), torch.arange(4), [4], cache)[-1:]
         state = runner.step(state, torch.tensor([7]), torch.tensor([4]), cache)
-        assert state.dtype == runner.empty_taps(1, 1).dtype == cache.rows.dtype == target.dtype
+        assert state.dtype == runner.empty_taps(1).dtype == cache.rows.dtype == target.dtype
         states.append(runner.logits(state).float())
     assert float((states[0] - states[1]).norm() / states[1].norm()) < 0.05
 
@@ -131,7 +131,7 @@ def test_a_pass_of_the_target_stays_on_its_device(tiny_dir: Path, widths: list[i
 def test_a_pass_of_the_draft_stays_on_its_device(tiny_dir: Path, tiny_target: Target, widths: list[int]) -> None:
     narrow = Target(tiny_dir, tiny_spec(), dtype=torch.bfloat16)
     runner = on_meta(DraftRunner(agreeing_draft(tiny_target, vocabulary=torch.arange(0, 200, 2)), narrow.embedding_VD))
-    hidden = runner.fc(runner.empty_taps(len(widths), widths[0]).flatten(0, 1))
+    hidden = runner.fc(runner.empty_taps(sum(widths)))
     state = runner._pass(runner.new_cache(4, 32), rows_on_meta(widths), torch.zeros(sum(widths), dtype=torch.long, device=META), hidden)
     assert runner.to_target(runner.logits(state).argmax(-1)).device.type == "meta"
 

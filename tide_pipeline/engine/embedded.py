@@ -28,12 +28,13 @@ from tide_pipeline.contracts import (
     StepKind,
     TokenChunk,
 )
-from tide_pipeline.engine.control import Plan, RequestSurvival, Slot, SpeculationController
-from tide_pipeline.engine.drafts import ResidentDraft
+from tide_pipeline.engine.control import Plan, Slot, SpeculationController
+from tide_pipeline.engine.drafts import NOTHING, ResidentDraft
 from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.step import StepRunner, Verdict
+from tide_pipeline.engine.survival import RequestSurvival
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
@@ -42,6 +43,8 @@ from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target
 
 log = logging.getLogger(__name__)
+
+BUFFER_ROWS = 1_024              # rows of one request that its draft has not seen
 
 
 class EmbeddedEngine:
@@ -129,7 +132,7 @@ class EmbeddedEngine:
             requests_finished=self._count["finished"], requests_failed=self._count["failed"], tokens_out=self._count["tokens"],
             prompt_tokens=self._count["prompt"], target_steps=self._count["steps"], verify_steps=self._count["verify"],
             drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
-            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.probe_ms / 1e3,
+            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.spent_ms / 1e3,
             sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
             draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table())
 
@@ -200,6 +203,7 @@ class EmbeddedEngine:
         active.slot = len(self._running)
         self._running.append(active)
         active.first_token_at = time.monotonic()
+        self.control.changed()
         with self._wake:
             draft = self._drafts.get(active.request.workload) or self._drafts.get(ANY_WORKLOAD)
         if draft is not None and active.fixed_length != 0:
@@ -209,11 +213,11 @@ class EmbeddedEngine:
             active.waiting_taps.clear()
 
     def _decode(self) -> None:
-        began, running = time.perf_counter(), list(self._running)
-        behind = max(r.waiting_rows if r.draft else 0 for r in running)
-        plan = self._plan(running)
-        proposals = self._runner.propose(running, plan)
+        began, running, context = time.perf_counter(), list(self._running), max(r.consumed for r in self._running) + 1
+        plan = self._plan(running, context)
+        drafted = self._runner.propose(running, plan)
         drafted_at = time.perf_counter()
+        proposals = [drafted.proposals.get(r.slot, NOTHING) for r in running]
         verdicts = self._runner.verify(running, proposals)
         ended = time.perf_counter()
         events = [self._event(v, plan, len(running), (ended - began) * 1e3) for v in verdicts]
@@ -222,20 +226,30 @@ class EmbeddedEngine:
         self._sink(lambda: self.sink.on_step(events))
         for v in verdicts:
             self._advance(v.request, v.emitted, v.text)
-        if plan.depth == 0 or behind <= 1 + self.max_depth:        # a longer catch-up is no part of a step's usual cost
-            rows, members = sum(1 + len(p.tokens) for p in proposals), sum(r.draft is not None for r in running)
-            self.control.costs.observe(len(running), rows, (ended - drafted_at) * 1e3, members, plan.depth, (drafted_at - began) * 1e3)
-        self._account(plan, (time.perf_counter() - began) * 1e3)
+        if drafted.behind <= 1 + self.max_depth:                   # a longer catch-up is no part of a step's usual cost
+            rows = len(running) + sum(len(p.tokens) for p in proposals)
+            self.control.costs.observe(len(running), rows, (ended - drafted_at) * 1e3, drafted.members, drafted.depth,
+                                       (drafted_at - began) * 1e3, context)
+        self._account(plan, drafted.depth, len(running), context, (time.perf_counter() - began) * 1e3)
+        self._bound_buffers()
 
-    def _plan(self, running: list[ActiveRequest]) -> Plan:
+    def _plan(self, running: list[ActiveRequest], context: int) -> Plan:
         """Draft lengths that the requests have use for, at most to the token before their last."""
-        slots = [Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length) for r in running]
-        return self.control.plan(slots, self._catch_up_ms(running))
+        if self.control.rests():
+            return Plan([0] * len(running))
+        return self.control.plan([Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length,
+                                       r.waiting_rows, r.greedy) for r in running], context)
 
-    def _catch_up_ms(self, running: list[ActiveRequest]) -> float:
-        """Estimated from the rows that wait: a draft row costs about a hundredth of a plain step."""
-        waiting = sum(r.waiting_rows for r in running if r.draft is not None)
-        return waiting * self.control.costs.verify_ms(1, 1) / 100.0
+    def _bound_buffers(self) -> None:
+        """A request that was not drafted for so long that its buffer is full is caught up if the probes' budget pays, or drafts no more."""
+        for r in self._running:
+            if r.draft is not None and r.waiting_rows > BUFFER_ROWS:
+                if not self.control.can_pay(self.control.catch_up_ms(r.waiting_rows)):
+                    r.give_up_drafting()
+                    continue
+                began = time.perf_counter()
+                r.draft.catch_up([r])
+                self.control.spend((time.perf_counter() - began) * 1e3)
 
     def _event(self, v: Verdict, plan: Plan, batch: int, step_ms: float) -> StepEvent:
         r = v.request
@@ -256,13 +270,16 @@ class EmbeddedEngine:
             self._count["drafted"] += len(v.drafted)
             self._count["accepted"] += v.accepted
         if r.survival is not None:
-            r.survival.observe(len(v.drafted), v.accepted)
+            r.survival.observe(len(v.drafted), v.accepted, v.confidences)
 
-    def _account(self, plan: Plan, ms: float) -> None:
-        self._depth_steps[plan.depth] += 1
-        self._ms["on" if plan.depth else "off"] += ms
-        if plan.depth == 0:
+    def _account(self, plan: Plan, depth: int, batch: int, context: int, ms: float) -> None:
+        self._depth_steps[depth] += 1
+        self._ms["on" if depth else "off"] += ms
+        if depth == 0:
             self.control.earn(ms)
+        elif plan.kind is StepKind.PROBE:
+            plain_ms = self.control.costs.load * self.control.costs.verify_ms(batch, batch, context)
+            self.control.spend(max(0.0, ms - plain_ms))
 
     def _advance(self, r: ActiveRequest, emitted: list[int], text: str) -> None:
         """Append what a step emitted, tell the client, and end the request when it is done."""
@@ -298,6 +315,7 @@ class EmbeddedEngine:
         if r is self._prefilling:
             self._prefilling = None
         elif r in self._running:
+            self.control.changed()
             last = self._running.pop()
             if last is not r:
                 self.cache.move(last.slot, r.slot, last.consumed)

@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 
 from tide_pipeline.engine.control import SpeculationController
+from tide_pipeline.engine.costs import Cell
+from tide_pipeline.engine.drafts import confidences
 from tide_pipeline.models.eagle3 import DraftRunner
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
 
-CONTEXT = 128                      # cached positions during the profile
+CONTEXTS = (64, 512, 2_048, 8_192, 32_768)       # cached positions; a cost is straight between two of them
 ROUNDS = 4
-TRUE_ROWS = 2                      # rows that a draft's cache gains in a typical step
+TRUE_ROWS = 2                                    # rows that a draft's cache gains in a typical step
 
 
 def profile_step_costs(target: Target, runner: DraftRunner, control: SpeculationController, max_batch: int, positions: int) -> None:
@@ -23,21 +25,22 @@ def profile_step_costs(target: Target, runner: DraftRunner, control: Speculation
     The cells alternate, and the fastest of the rounds counts: what a busy machine adds is not the engine's.
     """
     batches = sorted({b for b in (1, 2, 4, 8, 16, 32, max_batch) if b <= max_batch})
-    context, depths = min(CONTEXT, positions - 2), range(control.max_depth + 1)
-    room = context + control.max_depth + TRUE_ROWS + 1
-    cache, draft_cache = target.new_cache(max_batch, room), runner.new_cache(max_batch, room)
-    draft: dict[tuple[int, int], float] = {}
-    verify: dict[tuple[int, int], float] = {}
-    for batch in batches:
-        for _ in range(ROUNDS):
-            for depth in depths:
-                if depth:
-                    _best(draft, (batch, depth), lambda b=batch, d=depth: _draft(runner, draft_cache, b, d, context))  # type: ignore[misc]
-                _best(verify, (batch, batch * (1 + depth)), lambda b=batch, d=depth: _verify(target, cache, b, 1 + d, context))  # type: ignore[misc]
+    depths = range(control.max_depth + 1)
+    longest = max(1, positions - control.max_depth - TRUE_ROWS - 1)
+    cache, draft_cache = target.new_cache(max_batch, positions), runner.new_cache(max_batch, positions)
+    draft: dict[Cell, float] = {}
+    verify: dict[Cell, float] = {}
+    for context in sorted({min(context, longest) for context in CONTEXTS}):
+        for batch in batches:
+            for _ in range(ROUNDS):
+                for d in depths:
+                    if d:
+                        _best(draft, (batch, d, context), lambda b=batch, d=d, c=context: _draft(runner, draft_cache, b, d, c))  # type: ignore[misc]
+                    _best(verify, (batch, batch * (1 + d), context), lambda b=batch, d=d, c=context: _verify(target, cache, b, 1 + d, c))  # type: ignore[misc]
     control.costs.profile(draft, verify)
 
 
-def _best(table: dict[tuple[int, int], float], cell: tuple[int, int], run: Callable[[], None]) -> None:
+def _best(table: dict[Cell, float], cell: Cell, run: Callable[[], None]) -> None:
     began = time.perf_counter()
     run()
     table[cell] = min((time.perf_counter() - began) * 1e3, table.get(cell, float("inf")))
@@ -45,11 +48,14 @@ def _best(table: dict[tuple[int, int], float], cell: tuple[int, int], run: Calla
 
 def _draft(runner: DraftRunner, cache: KVCache, batch: int, depth: int, context: int) -> None:
     at = torch.full((batch,), context)
-    taps = runner.empty_taps(batch, TRUE_ROWS)
+    rows = batch * TRUE_ROWS
     positions = (at - TRUE_ROWS).unsqueeze(1) + torch.arange(TRUE_ROWS)
-    state = runner.extend(taps, torch.zeros(batch, TRUE_ROWS, dtype=torch.long), positions, cache)[:, -1]
+    states = runner.extend(runner.empty_taps(rows), torch.zeros(rows, dtype=torch.long), positions.flatten(), [TRUE_ROWS] * batch, cache)
+    state = states[TRUE_ROWS - 1 :: TRUE_ROWS]
     for j in range(depth):
-        ids = torch.tensor(runner.to_target(runner.logits(state).argmax(-1)).tolist())
+        logits = runner.logits(state)
+        confidences(logits)
+        ids = torch.tensor(runner.to_target(logits.argmax(-1)).tolist())
         if j + 1 < depth:
             state = runner.step(state, ids, at + j, cache)
 

@@ -9,14 +9,12 @@ import torch
 
 from tide_pipeline.contracts import TapHandle
 from tide_pipeline.engine.control import Plan
-from tide_pipeline.engine.drafts import Proposal
+from tide_pipeline.engine.drafts import Proposal, Round
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
-
-CATCH_UP_LIMIT = 256              # waiting tap rows of one request; beyond, its draft's cache is brought up to date
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,7 @@ class Verdict:
 
     request: ActiveRequest
     drafted: list[int]             # draft tokens that were accepted or refused; what stood past the end is neither
+    confidences: Sequence[float]   # of these, where the draft was asked
     accepted: int
     emitted: list[int]
     text: str
@@ -52,16 +51,13 @@ class StepRunner:
         self.ring.next_slot()
         return self.ring.put(taps_NG, final_ND if self.ring.with_final else None), token
 
-    def propose(self, running: Sequence[ActiveRequest], plan: Plan) -> list[Proposal]:
-        """Draft tokens by request, in order; empty where none are to be verified."""
-        out = {id(r): Proposal([]) for r in running}
-        for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
-            lengths = [plan.lengths[m.slot] for m in draft.members]
-            if any(lengths):
-                out |= {id(m): proposal for m, proposal in zip(draft.members, draft.propose(lengths), strict=True)}
-            else:
-                draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
-        return [out[id(r)] for r in running]
+    def propose(self, running: Sequence[ActiveRequest], plan: Plan) -> Round:
+        """Draft tokens by slot, of every draft that has requests here."""
+        if not plan.depth:
+            return Round({})
+        rounds = [draft.propose(plan) for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values()]
+        return Round({slot: proposal for some in rounds for slot, proposal in some.proposals.items()}, max(some.depth for some in rounds),
+                     sum(some.members for some in rounds), max(some.behind for some in rounds))
 
     def verify(self, running: Sequence[ActiveRequest], proposals: Sequence[Proposal]) -> list[Verdict]:
         """One pass of the target over the last token and the draft tokens of every request."""
@@ -83,7 +79,7 @@ class StepRunner:
                 r.waiting_taps.append(taps_NG[kept])
             handle = self.ring.put(taps_NG[kept], final_ND[kept] if self.ring.with_final else None)
             drafted = p.tokens if len(emitted) > n else p.tokens[: len(emitted)]
-            verdicts.append(Verdict(r, drafted, min(n, len(emitted)), emitted, text, handle))
+            verdicts.append(Verdict(r, drafted, p.confidences[: len(drafted)], min(n, len(emitted)), emitted, text, handle))
             at += width
         return verdicts
 

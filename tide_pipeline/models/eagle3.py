@@ -10,6 +10,7 @@ facts on TensorRT-LLM in docs/engine.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,20 +96,20 @@ class DraftRunner:
     def new_cache(self, slots: int, positions: int) -> KVCache:
         return KVCache(1, slots, positions, self.shape.heads, self.device, self.dtype)
 
-    def empty_taps(self, B: int, W: int) -> Tensor:
-        """Zeros [B, W, G * D] for `extend`."""
-        return torch.zeros(B, W, self.shape.num_taps * self.shape.hidden_size, device=self.device, dtype=self.dtype)
+    def empty_taps(self, N: int) -> Tensor:
+        """Zeros [N, G * D] for `extend`."""
+        return torch.zeros(N, self.shape.num_taps * self.shape.hidden_size, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def extend(self, taps_BWG: Tensor, next_ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
-        """Rows with true taps: [B, W, G * D] and the tokens after them. Returns output states [B, W, D]."""
-        B, W = next_ids_BW.shape
-        return self._run(self.fc(taps_BWG.reshape(B * W, -1)), next_ids_BW, positions_BW, cache, first_slot)
+    def extend(self, taps_NG: Tensor, next_ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache,
+               first_slot: int = 0) -> Tensor:
+        """Rows with true taps [N, G * D], and the tokens after them: widths[b] rows of slot first_slot + b. Returns states [N, D]."""
+        return self._run(self.fc(taps_NG), next_ids_N, positions_N, widths, cache, first_slot)
 
     @torch.inference_mode()
     def step(self, state_BD: Tensor, ids_B: Tensor, positions_B: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
         """One more drafted token per request, from the draft's own state: returns output states [B, D]."""
-        return self._run(state_BD, ids_B.unsqueeze(1), positions_B.unsqueeze(1), cache, first_slot)[:, 0]
+        return self._run(state_BD, ids_B, positions_B, [1] * len(ids_B), cache, first_slot)
 
     @torch.inference_mode()
     def logits(self, state_BD: Tensor) -> Tensor:
@@ -119,10 +120,9 @@ class DraftRunner:
         """Draft token ids -> target token ids."""
         return draft_ids if self.full_vocab else draft_ids + self.d2t[draft_ids]
 
-    def _run(self, hidden_ND: Tensor, ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int) -> Tensor:
-        B, W = positions_BW.shape
-        rows = StepRows.build(positions_BW.reshape(-1), [W] * B, first_slot, cache.positions)
-        return self._pass(cache, rows.to(self.device), to_device(ids_BW.reshape(-1), self.device), hidden_ND).view(B, W, -1)
+    def _run(self, hidden_ND: Tensor, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache, first_slot: int) -> Tensor:
+        rows = StepRows.build(positions_N, widths, first_slot, cache.positions)
+        return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device), hidden_ND)
 
     def _pass(self, cache: KVCache, rows: StepRows, ids_N: Tensor, hidden_ND: Tensor) -> Tensor:
         """All on the device; reads no value back."""
