@@ -86,7 +86,8 @@ class Cell:
         stays = max(1, POPULATION_TOKENS // (self.tokens + 1))
         if round_ % stays == 0:
             self._leave(length)
-            asked = [ask(prompt, ROOM_TOKENS, length, self.draft, self.temperature) for prompt in pick(prompts, self.batch, round_ // stays)]
+            asked = [ask(prompt, ROOM_TOKENS, length, self.draft, self.temperature)
+                     for prompt in pick(prompts, self.batch, round_ // stays)]
             self._running[length] = Population(self.engines[length], asked)
         self.engines[length].step()
         self._goal = a_block * (round_ % stays + 1)
