@@ -86,6 +86,8 @@ class EmbeddedEngine:
 
     def start(self) -> None:
         """Run the engine in its own thread."""
+        if self.cache.static is not None:
+            self.cache.static.warm(self.cache, self.serve.max_batch, self.positions)
         self._thread = threading.Thread(target=self._loop, name="tide-engine", daemon=True)
         self._thread.start()
 
