@@ -52,9 +52,9 @@ class EmbeddedEngine:
     """Implements `engine.protocol.Engine`. `start()` runs it in a thread; tests may call `step()` themselves."""
 
     def __init__(self, model_dir: Path, spec: EngineSpec, serve: ServeSettings, speculation: SpeculationSettings,
-                 sink: Sink | None = None) -> None:
+                 sink: Sink | None = None, target: Target | None = None) -> None:
         self.spec, self.serve = spec, serve
-        self.target = Target(model_dir, spec, device_of(serve.device))
+        self.target = target or Target(model_dir, spec, device_of(serve.device))
         self.codec = TextCodec(model_dir)
         self.positions = min(spec.max_context, self.target.shape.max_positions)
         self.max_depth = spec.max_draft_length
@@ -63,12 +63,12 @@ class EmbeddedEngine:
         rows = max(serve.prefill_chunk, serve.max_batch * (1 + self.max_depth))
         self.ring = tap_ring(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets,
                              self.target.device)
-        self._runner = StepRunner(self.target, self.cache, self.ring)
+        self._outbox = Outbox(self._sink)
+        self._runner = StepRunner(self.target, self.cache, self.ring, self._outbox.poll)
         self.control = SpeculationController(speculation, self.max_depth)
         self.sink: Sink = sink or NullSink()
         self.sink.attach(self.ring, self.target.digest)
         self.ring.is_read = sink is not None
-        self._outbox = Outbox(self._sink)
         self._padded = padded
         self._drafts: dict[str, ResidentDraft] = {}
         self._waiting: deque[ActiveRequest] = deque()
@@ -171,11 +171,12 @@ class EmbeddedEngine:
     def step(self) -> None:
         """One prompt chunk, if a request waits for a slot that is free, then one step of all running requests."""
         try:
-            self._outbox.poll()
             self._end_cancelled()
             self._prefill()
             if self._running:
                 self._decode()
+            else:
+                self._outbox.poll()
         except Exception as error:
             log.exception("engine step failed: %d requests are ended", len(self._running))
             for active in [*self._running, *([self._prefilling] if self._prefilling else [])]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,10 @@ class Verdict:
 
 
 class StepRunner:
-    """Target, its cache and the tap ring, for one engine thread."""
+    """Target, its cache and the tap ring, for one engine thread. `meanwhile` is called while a GPU verifies."""
 
-    def __init__(self, target: Target, cache: KVCache, ring: TapRing) -> None:
-        self.target, self.cache, self.ring = target, cache, ring
+    def __init__(self, target: Target, cache: KVCache, ring: TapRing, meanwhile: Callable[[], None]) -> None:
+        self.target, self.cache, self.ring, self._meanwhile = target, cache, ring, meanwhile
 
     def prefill(self, r: ActiveRequest, chunk: Sequence[int]) -> tuple[TapHandle | None, int | None]:
         """Consume the next chunk of a prompt; with the last one, the first output token."""
@@ -66,7 +66,9 @@ class StepRunner:
         positions_N = torch.tensor([r.consumed + j for r, width in zip(running, widths, strict=True) for j in range(width)])
         taps_NG, final_ND = self.target.forward_rows(ids_N, positions_N, widths, self.cache)
         logits_NV = self.target.logits(final_ND)
-        argmax_N = logits_NV.argmax(-1).tolist()
+        best_N = logits_NV.argmax(-1)
+        self._meanwhile()
+        argmax_N = best_N.tolist()                                 # here a GPU is waited for
         outcomes, at = [], 0
         for r, p, width in zip(running, proposals, widths, strict=True):
             how = r.request.sampling
