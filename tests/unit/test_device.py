@@ -132,7 +132,8 @@ def test_a_pass_of_the_draft_stays_on_its_device(tiny_dir: Path, tiny_target: Ta
     narrow = Target(tiny_dir, tiny_spec(), dtype=torch.bfloat16)
     runner = on_meta(DraftRunner(agreeing_draft(tiny_target, vocabulary=torch.arange(0, 200, 2)), narrow.embedding_VD))
     hidden = runner.fc(runner.empty_taps(sum(widths)))
-    state = runner._pass(runner.new_cache(4, 32), rows_on_meta(widths), torch.zeros(sum(widths), dtype=torch.long, device=META), hidden)
+    ids = torch.zeros(sum(widths), dtype=torch.long, device=META)
+    (state,) = runner._pass(runner.new_cache(4, 32), rows_on_meta(widths), ids, hidden)
     assert runner.to_target(runner.logits(state).argmax(-1)).device.type == "meta"
 
 

@@ -30,12 +30,13 @@ from tide_pipeline.contracts import (
 )
 from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.drafts import NOTHING, ResidentDraft
+from tide_pipeline.engine.outbox import Outbox
 from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.step import StepRunner, Verdict
 from tide_pipeline.engine.survival import RequestSurvival
-from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.tap_copies import tap_ring
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
@@ -51,20 +52,23 @@ class EmbeddedEngine:
     """Implements `engine.protocol.Engine`. `start()` runs it in a thread; tests may call `step()` themselves."""
 
     def __init__(self, model_dir: Path, spec: EngineSpec, serve: ServeSettings, speculation: SpeculationSettings,
-                 sink: Sink | None = None) -> None:
+                 sink: Sink | None = None, target: Target | None = None) -> None:
         self.spec, self.serve = spec, serve
-        self.target = Target(model_dir, spec, device_of(serve.device))
+        self.target = target or Target(model_dir, spec, device_of(serve.device))
         self.codec = TextCodec(model_dir)
         self.positions = min(spec.max_context, self.target.shape.max_positions)
         self.max_depth = spec.max_draft_length
         padded = self.positions + self.max_depth + 1
         self.cache = self.target.new_cache(serve.max_batch + 1, padded)
         rows = max(serve.prefill_chunk, serve.max_batch * (1 + self.max_depth))
-        self.ring = TapRing(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets)
-        self._runner = StepRunner(self.target, self.cache, self.ring)
+        self.ring = tap_ring(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets,
+                             self.target.device)
+        self._outbox = Outbox(self._sink)
+        self._runner = StepRunner(self.target, self.cache, self.ring, self._outbox.poll)
         self.control = SpeculationController(speculation, self.max_depth)
         self.sink: Sink = sink or NullSink()
         self.sink.attach(self.ring, self.target.digest)
+        self.ring.is_read = sink is not None
         self._padded = padded
         self._drafts: dict[str, ResidentDraft] = {}
         self._waiting: deque[ActiveRequest] = deque()
@@ -86,6 +90,8 @@ class EmbeddedEngine:
 
     def start(self) -> None:
         """Run the engine in its own thread."""
+        if self.cache.static is not None:
+            self.cache.static.warm(self.cache, self.serve.max_batch, self.positions)
         self._thread = threading.Thread(target=self._loop, name="tide-engine", daemon=True)
         self._thread.start()
 
@@ -134,7 +140,8 @@ class EmbeddedEngine:
             drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
             speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.spent_ms / 1e3,
             sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
-            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table())
+            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table(),
+            dropped_tap_rows=self.ring.dropped_rows)
 
     def close(self) -> None:
         """Stop; requests in flight are told "cancelled"."""
@@ -146,6 +153,7 @@ class EmbeddedEngine:
         self._waiting.clear()
         for active in list(self._requests.values()):
             self._finish(active, FinishReason.CANCELLED)
+        self._outbox.flush()
         self._sink(self.sink.close)
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -154,7 +162,7 @@ class EmbeddedEngine:
         torch.set_num_threads(self.serve.threads)
         while True:
             with self._wake:
-                while not (self._closed or self._waiting or self._prefilling or self._running):
+                while not (self._closed or self._waiting or self._prefilling or self._running or self._outbox):
                     self._wake.wait()
                 if self._closed:
                     return
@@ -167,6 +175,8 @@ class EmbeddedEngine:
             self._prefill()
             if self._running:
                 self._decode()
+            else:
+                self._outbox.poll()
         except Exception as error:
             log.exception("engine step failed: %d requests are ended", len(self._running))
             for active in [*self._running, *([self._prefilling] if self._prefilling else [])]:
@@ -182,7 +192,7 @@ class EmbeddedEngine:
             self._prefilling = active
             active.slot = self.serve.max_batch                    # the spare slot, until it joins the running ones
             how = active.request
-            self._sink(lambda: self.sink.on_open(RequestOpened(
+            self._outbox.post(lambda: self.sink.on_open(RequestOpened(
                 how.request_id, how.workload, how.tenant, tuple(active.tokens[: active.num_prompt]), how.sampling, how.speculation)))
         active, began = self._prefilling, time.perf_counter()
         start = active.consumed
@@ -191,7 +201,7 @@ class EmbeddedEngine:
         self._count["prompt"] += len(chunk)
         event = StepEvent(active.request.request_id, StepKind.PREFILL, start, chunk, () if token is None else (token,), (), 0,
                           active.version, 0, 1, (time.perf_counter() - began) * 1e3, handle)
-        self._sink(lambda: self.sink.on_step((event,)))
+        self._outbox.post(lambda: self.sink.on_step((event,)), self.ring.ship())
         if token is not None:
             self._join(active)
             self._advance(active, *self._runner.take(active, [token]))
@@ -223,7 +233,7 @@ class EmbeddedEngine:
         events = [self._event(v, plan, len(running), (ended - began) * 1e3) for v in verdicts]
         for v in verdicts:
             self._observe(v)
-        self._sink(lambda: self.sink.on_step(events))
+        self._outbox.post(lambda: self.sink.on_step(events), self.ring.ship())
         for v in verdicts:
             self._advance(v.request, v.emitted, v.text)
         if drafted.behind <= 1 + self.max_depth:                   # a longer catch-up is no part of a step's usual cost
@@ -329,7 +339,7 @@ class EmbeddedEngine:
             now = time.monotonic()
             first = r.first_token_at or now
             closed = RequestClosed(r.request.request_id, reason, (first - r.submitted_at) * 1e3, (now - r.submitted_at) * 1e3, r.num_output)
-            self._sink(lambda: self.sink.on_close(closed))
+            self._outbox.post(lambda: self.sink.on_close(closed))
         self._tell(r, tokens, reason, text, error)
 
     def _tell(self, r: ActiveRequest, tokens: tuple[int, ...], reason: FinishReason | None, text: str = "", error: str = "") -> None:
@@ -353,4 +363,4 @@ class EmbeddedEngine:
         except Exception:
             log.exception("the capture sink failed: it is switched off, serving goes on without capture")
             self._count["sink_errors"] += 1
-            self.sink = NullSink()
+            self.sink, self.ring.is_read = NullSink(), False

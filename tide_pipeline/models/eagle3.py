@@ -22,6 +22,9 @@ from tide_pipeline.models.geometry import StepGeometry, StepRows
 from tide_pipeline.models.layers import DecoderLayer, Heads, KVCache
 from tide_pipeline.models.linear import Linear
 from tide_pipeline.models.rope import Rope, rotary_tables
+from tide_pipeline.models.static import new_cache
+
+STATIC_WIDTH = 8                  # rows of a request: a usual catch-up, and every drafted token
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class DraftRunner:
         self.cos, self.sin = draft.cos.to(self.device, self.dtype), draft.sin.to(self.device, self.dtype)
 
     def new_cache(self, slots: int, positions: int) -> KVCache:
-        return KVCache(1, slots, positions, self.shape.heads, self.device, self.dtype)
+        return new_cache(self._pass, 1, slots, positions, self.shape.heads, self.embedding_VD, STATIC_WIDTH)
 
     def empty_taps(self, N: int) -> Tensor:
         """Zeros [N, G * D] for `extend`."""
@@ -121,10 +124,13 @@ class DraftRunner:
         return draft_ids if self.full_vocab else draft_ids + self.d2t[draft_ids]
 
     def _run(self, hidden_ND: Tensor, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache, first_slot: int) -> Tensor:
+        if cache.static is not None and cache.static.takes(widths, first_slot):
+            return cache.static.run(cache, ids_N, positions_N, widths, hidden_ND)[0]
         rows = StepRows.build(positions_N, widths, first_slot, cache.positions)
-        return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device), hidden_ND)
+        return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device), hidden_ND)[0]
 
-    def _pass(self, cache: KVCache, rows: StepRows, ids_N: Tensor, hidden_ND: Tensor) -> Tensor:
+
+    def _pass(self, cache: KVCache, rows: StepRows, ids_N: Tensor, hidden_ND: Tensor) -> tuple[Tensor]:
         """All on the device; reads no value back."""
         at = StepGeometry.of(rows, self.shape.heads.groups, self.cos, self.sin)
         size, eps = hidden_ND.shape[-1:], self.shape.eps
@@ -132,4 +138,4 @@ class DraftRunner:
         both = torch.cat((embedded, F.rms_norm(hidden_ND, size, self.hidden_norm, eps)), dim=-1)
         x = hidden_ND + self.layer.attend(both, cache, 0, at)
         x += self.layer.feed_forward(x)
-        return x
+        return (x,)

@@ -32,11 +32,13 @@ class StepRows:
 
     @staticmethod
     def build(positions_N: Tensor, widths: Sequence[int], first_slot: int, slot_positions: int) -> StepRows:
-        """`widths`: rows of each slot; `slot_positions`: its length. A row may look at every cached position up to its own."""
+        """`widths`: rows of each slot, 0 for some; `slot_positions`: its length. A row may look at every cached position up to its own."""
         B, W, N = len(widths), max(widths), len(positions_N)
-        widths_B = torch.tensor(widths)
-        slots_N = torch.arange(first_slot, first_slot + B).repeat_interleave(widths_B, output_size=N)
-        pad, unpad = rectangle(widths_B, W) if B * W > N else (None, None)
+        slots_N, pad, unpad = torch.arange(first_slot, first_slot + B), None, None
+        if B != N or W > 1:
+            widths_B = torch.tensor(widths)
+            slots_N = slots_N.repeat_interleave(widths_B, output_size=N)
+            pad, unpad = rectangle(widths_B, W) if B * W > N else (None, None)
         cache_rows_N = slots_N * slot_positions + positions_N
         return StepRows(first_slot, B, W, int(positions_N.max()) + 1, N > 1, positions_N, cache_rows_N, pad, unpad)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from tide_pipeline.models.geometry import StepGeometry
 from tide_pipeline.models.linear import Linear
+
+if TYPE_CHECKING:
+    from tide_pipeline.models.static import StaticPasses
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,16 @@ class Heads:
 
 
 class KVCache:
-    """Keys and values of `slots` requests: [layer, slot * position, 2K * E]. Slots 0..B-1 are the ones in a step."""
+    """Keys and values of `slots` requests: [layer, slot * position, 2K * E]. Slots 0..B-1 are the ones in a step.
+
+    One row more stands behind them, to write what nobody reads. `static` runs passes of fixed shape, where the device wants them.
+    """
 
     def __init__(self, layers: int, slots: int, positions: int, heads: Heads, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
-        self.slots, self.positions, self.heads = slots, positions, heads
-        self.rows = torch.zeros(layers, slots * positions, 2 * heads.kv * heads.size, device=device, dtype=dtype)
+        self.slots, self.positions, self.heads, self.scratch = slots, positions, heads, slots * positions
+        self.static: StaticPasses | None = None
+        self.rows = torch.zeros(layers, self.scratch + 1, 2 * heads.kv * heads.size, device=device, dtype=dtype)
 
     def move(self, source: int, to: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another, so that running slots stay packed."""

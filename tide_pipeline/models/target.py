@@ -22,6 +22,7 @@ from tide_pipeline.models.geometry import StepGeometry, StepRows
 from tide_pipeline.models.layers import DecoderLayer, KVCache
 from tide_pipeline.models.linear import Linear
 from tide_pipeline.models.rope import rotary_tables
+from tide_pipeline.models.static import new_cache
 from tide_pipeline.models.weights import INDEX, WHOLE, read_weights, shard_names
 from tide_pipeline.provenance import digest_files
 
@@ -98,7 +99,8 @@ class Target:
 
     def new_cache(self, slots: int, positions: int) -> KVCache:
         """Room for `positions` tokens in each slot."""
-        return KVCache(self.shape.layers, slots, positions, self.shape.heads, self.device, self.dtype)
+        widest = 1 + self.spec.max_draft_length
+        return new_cache(self._pass, self.shape.layers, slots, positions, self.shape.heads, self.embedding_VD, widest)
 
     @torch.inference_mode()
     def forward(self, ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int = 0) -> tuple[Tensor, Tensor]:
@@ -114,6 +116,9 @@ class Target:
     def forward_rows(self, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache,
                      first_slot: int = 0) -> tuple[Tensor, Tensor]:
         """The same for slots with different numbers of tokens, side by side: widths[b] of them belong to slot first_slot + b."""
+        if cache.static is not None and cache.static.takes(widths, first_slot):
+            taps_NG, final_ND = cache.static.run(cache, ids_N, positions_N, widths)
+            return taps_NG, final_ND
         rows = StepRows.build(positions_N, widths, first_slot, cache.positions)
         return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device))
 
