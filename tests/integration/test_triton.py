@@ -6,12 +6,14 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +32,7 @@ from tide_pipeline.serve.client import GenerationResult, TritonClient
 from tide_pipeline.serve.process import group_members
 from tide_pipeline.serve.triton import TritonReplica
 
+METRICS_DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 SERVE = {"serve": {"max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2}}
 
 
@@ -211,6 +214,52 @@ def check_swap(place: Place, client: TritonClient, results: list[GenerationResul
                  "tide_dropped_tokens_total", "tide_sink_errors_total", "tide_draft_agent_error"):
         assert any(series.startswith(name) for series in metrics), name
     assert value(metrics, "tide_deployment") == 2
+
+
+def test_the_document_lists_what_is_published(client: TritonClient) -> None:
+    """Name by name: kind, labels. A histogram is three families."""
+    with urllib.request.urlopen(client.metrics_url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    kinds = [line.split()[2:] for line in lines if line.startswith("# TYPE tide_")]
+    published: dict[str, tuple[str, set[str]]] = {name: (kind, set()) for name, kind in kinds}
+    for line in lines:
+        if line.startswith("tide_"):
+            published[line.partition("{")[0]][1].update(re.findall(r'(\w+)="', line))
+    documented: dict[str, tuple[str, set[str]]] = {}
+    for name, kind, labels in re.findall(r"^\| `(tide_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\|", METRICS_DOC.read_text(), re.M):
+        expected = {"target", "replica", *re.findall(r"`(\w+)`", labels)}
+        if kind == "histogram":
+            documented |= {f"{name}_bucket": ("counter", expected | {"le"}), f"{name}_sum": ("counter", expected),
+                           f"{name}_count": ("counter", expected)}
+        else:
+            documented[name] = ("counter" if kind == "counter" else "gauge", expected)
+    assert published == documented
+
+
+def test_waits_and_ends_are_published(client: TritonClient) -> None:
+    """One request that is answered and one that is cancelled, in the histograms and by reason."""
+    time.sleep(1.2)
+    before = client.metrics()
+    client.generate(ask("counted", "hello world", max_tokens=9, ignore_eos=True))
+    with client.stream(ask("uncounted", "hello world", max_tokens=480, ignore_eos=True)) as pieces:
+        next(iter(pieces))
+    ended = "tide_requests_ended_total"
+    until(lambda: value(client.metrics(), ended, "cancelled") == value(before, ended, "cancelled") + 1)
+    grown = {name: value(client.metrics(), name) - value(before, name) for name in
+             ("tide_ttft_seconds_count", "tide_queue_seconds_count", "tide_inter_token_seconds_count", "tide_response_delay_seconds_count")}
+    assert value(client.metrics(), ended, "length") == value(before, ended, "length") + 1
+    assert (grown["tide_ttft_seconds_count"], grown["tide_queue_seconds_count"]) == (2, 2)
+    assert grown["tide_inter_token_seconds_count"] >= 8 and grown["tide_response_delay_seconds_count"] >= 3
+    assert value(client.metrics(), "tide_ttft_seconds_bucket", 'le="+Inf"') == value(client.metrics(), "tide_ttft_seconds_count")
+    assert 0 < value(client.metrics(), "tide_position_acceptance_rate", 'position="1"') <= 1
+
+
+def test_what_a_request_waited_before_triton_counts(client: TritonClient) -> None:
+    """As the front stamps it."""
+    time.sleep(1.2)
+    before = value(client.metrics(), "tide_ttft_seconds_sum")
+    assert post(client, {"text_input": "hello", "tide_received_at": f"{time.time() - 100:.6f}"})[0] == 200
+    until(lambda: value(client.metrics(), "tide_ttft_seconds_sum") >= before + 100)
 
 
 def test_nothing_of_a_prompt_is_logged(replica: TritonReplica, client: TritonClient) -> None:

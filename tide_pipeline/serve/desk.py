@@ -7,17 +7,20 @@ overflow is the only one that Triton 2.51 answers with 503, because all errors o
 from __future__ import annotations
 
 import threading
+import time
 
 from tide_pipeline.engine.protocol import Engine, TokenStream
 from tide_pipeline.errors import EngineClosed, InvalidRequest
 from tide_pipeline.serve.answer import Answer, Reply
 from tide_pipeline.serve.request import Asked
+from tide_pipeline.serve.waits import Waits
 
 
 class Desk:
     """`take` is called by Triton's thread, `admitted` and `ended` by the engine's, `sweep` by a watcher's."""
 
     def __init__(self, places: int) -> None:
+        self.waits = Waits()
         self._places = places
         self._changed = threading.Condition()
         self._waiting: set[str] = set()                # submitted, not yet out of the engine's queue
@@ -28,7 +31,7 @@ class Desk:
     def take(self, engine: Engine, asked: Asked, reply: Reply) -> None:
         """Submit a request; its answer goes to `reply`. Raises what `Engine.submit` raises."""
         request_id = asked.request.request_id
-        answer = Answer(asked, reply, self.ended)
+        answer = Answer(asked, reply, self.ended, self.waits)
         with self._changed:
             self._changed.wait_for(lambda: self._closing or len(self._waiting) < self._places)
             if self._closing:
@@ -49,8 +52,11 @@ class Desk:
     def admitted(self, request_id: str) -> None:
         """The request left the engine's queue."""
         with self._changed:
+            answer = self._answers.get(request_id)
             self._waiting.discard(request_id)
             self._changed.notify()
+        if answer is not None:
+            self.waits.queue.observe(time.monotonic() - answer.asked.began)
 
     def ended(self, request_id: str) -> None:
         with self._changed:

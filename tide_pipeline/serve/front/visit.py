@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,7 +103,7 @@ class Visit:
             return Job(request)
         if runs[1] == "infer":
             return Job(request, body)
-        checked = check_generate(body, streams=runs[1] == "generate_stream")
+        checked = check_generate(body, streams=runs[1] == "generate_stream", received_at=time.time())
         return Job(request, checked.body, checked.request_id, checked.deadline_s)
 
     async def _read_body(self, request: Request) -> bytes:
