@@ -1,7 +1,7 @@
 """Does serving hold up for minutes? Many streams through front and Triton: steady, slow, leaving and whole-answer clients side by side.
 
     python benchmarks/soak.py --json benchmarks/results/soak_2cores.json
-    python benchmarks/soak.py --py-spy .venv-spy/bin/py-spy --pictures docs/images      CPU profiles of stub and front, taken under load
+    python benchmarks/soak.py --py-spy PATH/TO/py-spy --pictures docs/images      CPU profiles of stub and front, taken under load
 
 A real replica (supervisor, tritonserver, Python stub, front: as `tide up` starts them) serves the engine from a temporary state folder.
 
@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flame
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
@@ -47,7 +48,9 @@ ALONE_REQUESTS = 12
 WARM_UP_REQUESTS = 8               # before memory is first looked at
 SAMPLE_S = 5.0
 FREED_WITHIN_S = 15.0              # metrics are published once a second
-PROFILE_S, PROFILE_HZ = 30, 200
+PROFILE_S, PROFILE_HZ = 30, 100
+PROFILED = {"stub": "Triton's Python stub (engine and model)", "front": "the front"}
+TOLD = ("queue", "ttft", "inter_token", "response_delay")       # histograms of docs/metrics.md
 BUSY = ("tide_running_requests", "tide_waiting_requests", "tide_kv_tokens_used", "nv_inference_pending_request_count")
 
 
@@ -57,7 +60,8 @@ class Watched:
     def __init__(self, stack: LocalStack) -> None:
         pids = {ref.name: ref.pid for ref in stack.record.processes}
         children = {child.name()[:15]: child for child in psutil.Process(pids["replica"]).children(recursive=True)}
-        self.processes = {"front": psutil.Process(pids["front"]), "tritonserver": children["tritonserver"],
+        front = psutil.Process(pids["front"])              # its keeper, with the front below it
+        self.processes = {"front": next(iter(front.children()), front), "tritonserver": children["tritonserver"],
                           "stub": children["triton_python_b"]}
         self.rss: list[dict[str, float]] = []
         self._cpu = self._cpu_s()
@@ -83,19 +87,23 @@ class Watched:
 class Profiler:
     """py-spy beside the load, in processes of its own."""
 
-    def __init__(self, py_spy: Path | None, pictures: Path, watched: Watched) -> None:
-        self._running = [] if py_spy is None else [self._record(py_spy, pictures / f"profile-{name}.svg", watched.processes[name].pid, *how)
-                                                   for name, how in (("stub", ["--threads"]), ("front", []))]
+    def __init__(self, args: argparse.Namespace, watched: Watched, folder: Path) -> None:
+        self._pictures, self._folder = args.pictures, folder
+        self._running = {name: self._record(args, name, watched.processes[name].pid) for name in PROFILED} if args.py_spy else {}
 
-    @staticmethod
-    def _record(py_spy: Path, picture: Path, pid: int, *how: str) -> subprocess.Popen[bytes]:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen([str(py_spy), "record", "-d", str(PROFILE_S), "-r", str(PROFILE_HZ), "-f", "flamegraph", "-o", str(picture),
-                                 "-p", str(pid), *how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def _record(self, args: argparse.Namespace, name: str, pid: int) -> subprocess.Popen[bytes]:
+        how = ["--function", "--threads", "-r", str(PROFILE_HZ), "-f", "raw", *(["--gil"] if args.gil else [])]
+        return subprocess.Popen([str(args.py_spy), "record", "-d", str(PROFILE_S), *how, "-o", str(self._folder / f"{name}.folded"),
+                                 "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def wait(self) -> None:
-        if any(process.wait() for process in self._running):
-            raise SystemExit("py-spy failed: run it by hand on the stub's pid to see why (it needs ptrace)")
+    def draw(self) -> None:
+        for name, process in self._running.items():
+            if process.wait():
+                raise SystemExit(f"py-spy failed: run it by hand on the {name}'s pid to see why (it needs ptrace)")
+            root = flame.read((self._folder / f"{name}.folded").read_text().splitlines())
+            self._pictures.mkdir(parents=True, exist_ok=True)
+            title = f"{PROFILED[name]}, {PROFILE_S} s of the soak: {root.samples} samples of threads that did not wait"
+            (self._pictures / f"profile_{name}.svg").write_text(flame.draw(root, title))
 
 
 def settings(args: argparse.Namespace, state: Path) -> TideConfig:
@@ -171,6 +179,7 @@ async def alone(url: str, model: str, prompts: Sequence[str], requests: int) -> 
     client = Client(url, model, 0, Temper.STEADY, prompts)
     for i in range(WARM_UP_REQUESTS + requests):
         await client.ask(prompts[i % len(prompts)], f"alone-{i}")
+    client.close()
     return client.heard[WARM_UP_REQUESTS:]
 
 
@@ -181,20 +190,21 @@ def soak(stack: LocalStack, args: argparse.Namespace, prompts: Sequence[str]) ->
     first = asyncio.run(alone(url, model, prompts, args.alone))
     before = server.metrics()
     watched.start_clock()
-    profiler = Profiler(args.py_spy, args.pictures, watched)
+    profiler = Profiler(args, watched, Path(stack.state.root))
     clients = [Client(url, model, i, temper, prompts) for i, temper in enumerate(mix(args.streams))]
     began = time.perf_counter()
     asyncio.run(crowd(clients, args.seconds, watched.sample, SAMPLE_S))
     seconds, cores = time.perf_counter() - began, watched.cores_used(time.perf_counter() - began)
-    profiler.wait()
+    profiler.draw()
     freed = await_freed(server, url)
     after = server.metrics()
     watched.sample()
     grown = {name: round(total(after, name) - total(before, name), 3) for name in sorted({s.split("{")[0] for s in after})
              if name.startswith("tide_") and name.endswith(("_total", "_sum", "_count"))}
+    told = {name: round(1e3 * grown[f"tide_{name}_seconds_sum"] / max(1.0, grown[f"tide_{name}_seconds_count"]), 3) for name in TOLD}
     report = {"streams": args.streams, "seconds": round(seconds, 1), **heard_by(clients, seconds),
               "tokens_per_s": round(grown["tide_tokens_out_total"] / seconds, 1), "freed": freed, "cores_used": cores,
-              "memory": watched.memory(), "engine": grown}
+              "memory": watched.memory(), "replica_mean_ms": told, "replica_counters": grown}
     return report, first, [h for client in clients for h in client.heard]
 
 
@@ -203,6 +213,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=120.0)
     options.add_argument("--streams", type=int, default=32)
     options.add_argument("--py-spy", type=Path, help="py-spy's command, to take CPU profiles (30 s) while the crowd is there")
+    options.add_argument("--gil", action="store_true", help="profile only who holds Python's lock")
     options.add_argument("--pictures", type=Path, default=Path("docs/images"), help="where the profiles go")
     args = options.parse_args()
     result = settle()

@@ -101,12 +101,17 @@ class Connection:
             self._writer = None
 
     async def _open(self) -> None:
+        self.leave()
         sock = socket.socket()
         sock.setblocking(False)
         if self._small:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER_BYTES)
-        await asyncio.get_running_loop().sock_connect(sock, (self._host, self._port))
-        self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=SMALL_BUFFER_BYTES if self._small else 2**16)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (self._host, self._port))
+            self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=SMALL_BUFFER_BYTES if self._small else 2**16)
+        except BaseException:                              # a leaver may be in a hurry
+            sock.close()
+            raise
 
 
 class Client:
@@ -124,6 +129,9 @@ class Client:
             prompt = self._prompts[(self._number * 7 + asked) % len(self._prompts)]
             await self.ask(prompt, f"soak-{self._number}-{asked}", until)
             asked += 1
+        self.close()
+
+    def close(self) -> None:
         self._connection.leave()
 
     async def ask(self, prompt: str, request_id: str, until: float = float("inf")) -> Heard:

@@ -14,18 +14,17 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import ask, generate
-from tests.serving import Place, cancel_while_it_streams, write_place
+from tests.helpers import ask
+from tests.serving import Place, cancel_while_it_streams, plain_text, until, value, write_place
 from tide_pipeline.contracts import GenerationRequest
 from tide_pipeline.deployment.record import read_observed
-from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.errors import InvalidRequest, QueueFull
 from tide_pipeline.recipes import freeze
 from tide_pipeline.serve.client import GenerationResult, TritonClient
@@ -60,19 +59,6 @@ def post(client: TritonClient, body: Any, endpoint: str = "generate", path: str 
         connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", body if isinstance(body, str) else json.dumps(body))
         response = connection.getresponse()
         return response.status, json.loads(response.read().decode().removeprefix("data:") or "{}")
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    gives_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < gives_up, "it never came true"
-        time.sleep(0.05)
-
-
-def plain_text(place: Place, request: GenerationRequest) -> str:
-    """The same request in process, without Triton and without speculation."""
-    engine = EmbeddedEngine(place.config.engine_dir / "target", place.spec, place.config.serve, place.config.speculation)
-    return generate(engine, request)[0].text
 
 
 def test_ready_and_generating_without_a_record(place: Place, client: TritonClient) -> None:
@@ -154,6 +140,22 @@ def test_a_client_that_disconnects_frees_its_slot(client: TritonClient) -> None:
     assert client.generate(ask("leaver", "hello", max_tokens=2)).num_output_tokens == 2       # its id is free again
 
 
+def test_clients_that_leave_without_streaming_free_their_slots_by_their_deadline(client: TritonClient) -> None:
+    """No front before it. More of them than there are slots; whoever asks next is served."""
+    time.sleep(1.2)
+    before = client.metrics()
+    for i in range(12):
+        connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=20)
+        connection.request("POST", f"/v2/models/{client.model}/generate", json.dumps({
+            "text_input": "hello", "request_id": f"away-{i}", "sampling_param_max_tokens": 480, "sampling_param_ignore_eos": True,
+            "deadline_s": 0.5}))
+        time.sleep(0.01)
+        connection.close()
+    assert client.generate(ask("next", "hello", max_tokens=3)).num_output_tokens == 3
+    ended = "tide_requests_finished_total"
+    until(lambda: value(client.metrics(), ended) == value(before, ended) + 13 and not value(client.metrics(), "tide_kv_tokens_used"), 20)
+
+
 def test_a_running_request_is_cancelled_by_its_id(client: TritonClient) -> None:
     cancel_while_it_streams(client)
     with pytest.raises(InvalidRequest):
@@ -163,10 +165,6 @@ def test_a_running_request_is_cancelled_by_its_id(client: TritonClient) -> None:
 def test_a_deadline_ends_the_request_with_what_there_is(client: TritonClient) -> None:
     result = client.generate(ask("late", "hello world", max_tokens=490, ignore_eos=True, deadline_s=0.05))
     assert result.finish_reason == "deadline" and result.num_output_tokens < 490
-
-
-def value(metrics: dict[str, float], name: str, having: str = "") -> float:
-    return sum(number for series, number in metrics.items() if series.startswith(name + "{") and having in series)
 
 
 def test_drafts_change_under_load_without_a_failed_request(place: Place, client: TritonClient) -> None:

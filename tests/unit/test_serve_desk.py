@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import ask, drain, tiny_engine, tiny_spec
 from tide_pipeline.contracts import EngineBuild, StepKind
 from tide_pipeline.engine.embedded import EmbeddedEngine
-from tide_pipeline.engine.protocol import NullSink
+from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.errors import EngineClosed, InvalidRequest
 from tide_pipeline.serve.answer import ErrorKind
 from tide_pipeline.serve.desk import Desk
@@ -48,9 +48,9 @@ def asked(request_id: str, *, streaming: bool = False, echo: bool = False, specu
 class Counter:
     """An engine behind a desk, stepped by hand."""
 
-    def __init__(self, target_dir: Path, build: EngineBuild | None = None, places: int = 2) -> None:
+    def __init__(self, target_dir: Path, build: EngineBuild | None = None, places: int = 2, behind: Sink | None = None) -> None:
         self.desk = Desk(places)
-        self.tally = TallySink(NullSink(), self.desk.admitted)
+        self.tally = TallySink(behind or NullSink(), self.desk.admitted)
         self.engine: EmbeddedEngine = tiny_engine(target_dir, spec=tiny_spec(), drafts=build, sink=self.tally)
 
     def take(self, what: Asked) -> HeardReply:
@@ -143,3 +143,31 @@ def test_tally_agrees_with_the_engine(tiny_dir: Path, tiny_build: EngineBuild) -
     assert counts["v1"].emitted == stats.tokens_out - 1                         # the prefill's token is no step's gain
     assert counts["v1"].acceptance_length == 1 + stats.accepted_tokens / stats.verify_steps
     assert StepKind.PREFILL not in counts
+
+
+class BadSink(NullSink):
+    """Raises in one of its calls, with a prompt in its words."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == object.__getattribute__(self, "_where"):
+            raise RuntimeError("xyzzy-secret")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("where", ["on_open", "on_step", "on_close"])
+def test_a_sink_that_raises_takes_neither_counts_nor_admissions_with_it(tiny_dir: Path, tiny_build: EngineBuild, where: str,
+                                                                        caplog: pytest.LogCaptureFixture) -> None:
+    counter = Counter(tiny_dir, tiny_build, places=1, behind=BadSink(where))
+    replies = []
+    for name in "abc":                                          # with one place, the next can only be taken when this one was admitted
+        replies.append(counter.take(asked(name, speculation="3", max_tokens=12, ignore_eos=True)))
+        counter.engine.step()
+    drain(counter.engine)
+    assert all(reply.heard[-1]["num_output_tokens"] == "12" for reply in replies)
+    assert counter.tally.errors == 1 and counter.engine.stats().sink_errors == 0
+    assert counter.tally.by_version()["v1"].accepted == counter.engine.stats().accepted_tokens > 0
+    assert "switched off" in caplog.text and "xyzzy" not in caplog.text
+    assert counter.desk.waits.queue.read().count == 3 and counter.desk.waits.finished()["length"] == 3

@@ -30,7 +30,6 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "tide_speculation_on_seconds_total": ("Time in steps that drafted", lambda s: s.speculation_on_s),
     "tide_speculation_off_seconds_total": ("Time in steps that did not", lambda s: s.speculation_off_s),
     "tide_probe_seconds_total": ("Time spent on probes of switched-off drafts", lambda s: s.probe_s),
-    "tide_sink_errors_total": ("Failures of the capture sink", lambda s: s.sink_errors),
 }
 GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "tide_running_requests": ("Requests in the batch", lambda s: s.running),
@@ -54,13 +53,13 @@ class MetricsPublisher:
     def __init__(self, pb_utils: Any, engine: Engine, recorder: Recorder, tally: TallySink, desk: Desk, outbox: Outbox, agent: DraftAgent,
                  target: str) -> None:
         self._engine, self._recorder, self._desk, self._outbox, self._agent = engine, recorder, desk, outbox, agent
-        self._recent = Recent(tally, RECENT_S, time.monotonic())
+        self._tally, self._recent = tally, Recent(tally, RECENT_S, time.monotonic())
         labels = {"target": target, "replica": agent.replica}
 
         def series(name: str, description: str) -> Series:
             return Series(pb_utils, name, description, labels, is_counter=name.endswith("_total"))
 
-        self._engine_series = [(series(n, text), read) for n, (text, read) in (COUNTERS | GAUGES).items()]
+        self._engine_series = [(series(n, text), figure) for n, (text, figure) in (COUNTERS | GAUGES).items()]
         self._capture_series = [(series(n, text), key) for n, (text, key) in CAPTURE_COUNTERS.items()]
         self._depth_steps = series("tide_draft_length_steps_total", "Engine steps by draft length")
         self._ended = series("tide_requests_ended_total", "Requests that ended, by finish reason; those that were refused are not in it")
@@ -70,6 +69,7 @@ class MetricsPublisher:
             ("tide_ttft_seconds", "From a request's arrival to its first token", desk.waits.first_token),
             ("tide_inter_token_seconds", "Between a request's tokens, in the engine", tally.inter_token),
             ("tide_response_delay_seconds", "From a step's end to Triton having taken its response", outbox.delay))]
+        self._sink_errors = series("tide_sink_errors_total", "Failures of the capture sink: it is switched off then")
         self._collecting = series("tide_collecting_workloads", "Workloads whose states are being collected")
         self._acceptance_length = series("tide_acceptance_length", "Tokens per verification step, bonus token included")
         self._first_position = series("tide_first_position_rate", "Share of first draft tokens accepted")
@@ -81,8 +81,8 @@ class MetricsPublisher:
 
     def publish(self) -> None:
         stats, captured = self._engine.stats(), self._recorder.stats()
-        for series, read in self._engine_series:
-            series.put(read(stats))
+        for series, figure in self._engine_series:
+            series.put(figure(stats))
         for series, key in self._capture_series:
             series.put(float(captured[key]))
         for length, steps in stats.draft_length_steps.items():
@@ -90,6 +90,7 @@ class MetricsPublisher:
         for reason, count in self._desk.waits.finished().items():
             self._ended.put(count, finish_reason=reason)
         self._responses.put(self._outbox.waiting())
+        self._sink_errors.put(stats.sink_errors + self._tally.errors)
         for histogram, read in self._histograms:
             histogram.put(read())
         self._collecting.put(sum(bool(on) for name, on in captured.items() if name.startswith("collecting.")))

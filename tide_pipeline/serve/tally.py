@@ -1,11 +1,13 @@
 """A sink in front of the recorder that counts acceptance by draft version, and times tokens. Knows events; stores nothing but counts.
 
-`on_admitted` is told each request that leaves the engine's queue, which is when there is room for another one.
+`on_admitted` is told each request that leaves the engine's queue, which is when there is room for another one. A sink behind it that raises
+is switched off here: the engine would take counts and admissions away with it.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import threading
 import time
@@ -13,9 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent, StepKind
-from tide_pipeline.engine.protocol import Sink
+from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.serve.histogram import Histogram
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ class TallySink:
         self._by_version: dict[str, Counts] = {}
         self._last_at: dict[str, float] = {}           # of a running request's last token
         self.inter_token = Histogram()
+        self.errors = 0                                # of the sink behind
 
     def by_version(self) -> dict[str, Counts]:
         """Counts so far; steps without a draft are under ""."""
@@ -84,7 +89,7 @@ class TallySink:
 
     def on_open(self, opened: RequestOpened) -> None:
         self._on_admitted(opened.request_id)
-        self._behind.on_open(opened)
+        self._tell(lambda: self._behind.on_open(opened))
 
     def on_step(self, events: Sequence[StepEvent]) -> None:
         now = time.perf_counter()
@@ -95,14 +100,21 @@ class TallySink:
         for event in events:
             if event.emitted:
                 self._time(event, now)
-        self._behind.on_step(events)
+        self._tell(lambda: self._behind.on_step(events))
 
     def on_close(self, closed: RequestClosed) -> None:
         self._last_at.pop(closed.request_id, None)
-        self._behind.on_close(closed)
+        self._tell(lambda: self._behind.on_close(closed))
 
     def close(self) -> None:
         self._behind.close()
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:                     # its text could quote a prompt
+            log.error("the capture sink failed (%s): it is switched off, serving goes on without capture", type(error).__name__)
+            self._behind, self.errors = NullSink(), self.errors + 1
 
     def _time(self, event: StepEvent, now: float) -> None:
         """A step that gave n tokens counts as n equal gaps: its client had them at once, but reads them as a rate."""

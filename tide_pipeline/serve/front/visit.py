@@ -96,7 +96,7 @@ class Visit:
         if CLOSED.fullmatch(request.path):
             raise Refused(403, "this endpoint is closed")
         if runs is None and READS.fullmatch(request.path) is None:
-            raise Refused(404, "no such endpoint: see the first lines of tide_pipeline/serve/front.py")
+            raise Refused(404, "no such endpoint: see the first lines of tide_pipeline/serve/front/__init__.py")
         _allow(request, "POST" if runs else "GET")
         body = await self._read_body(request)
         if runs is None:
