@@ -8,7 +8,8 @@ A real replica (supervisor, tritonserver, Python stub, front: as `tide up` start
 added_ms_per_token, of steady clients' whole answers alone: (time from a request's first to its last chunk at the client, less the sum of
 `step_ms` of its steps as the acceptance log has them) / (tokens after the first). So it holds all that is not the model's own steps:
 response sending, other requests' prompt chunks between two steps, Triton, front, both socket hops, and the client's own event loop.
-`alone` is one client on an idle server; `crowd` is all of them, where waiting for other prompts' chunks has its part.
+`alone` is one client on an idle server; `crowd` is all of them. There, of_it_prompts_of_others is an estimate of what waiting for prompt
+chunks takes: the client's time per token times the share of the run that the engine spent on prompts (tide_prefill_seconds_total).
 Exit code 1: a request failed that no client gave up, or a slot was not freed.
 """
 
@@ -38,6 +39,7 @@ from soak_clients import Client, Heard, Temper, crowd, mix
 
 from tide_pipeline.capture.layout import live_shards
 from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import FinishReason
 from tide_pipeline.recipes import load
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.stack.local import LocalStack
@@ -47,10 +49,12 @@ PROMPT_CHARS = 300
 ALONE_REQUESTS = 12
 WARM_UP_REQUESTS = 8               # before memory is first looked at
 SAMPLE_S = 5.0
-FREED_WITHIN_S = 15.0              # metrics are published once a second
+FREED_WITHIN_S = 15.0
+METRICS_LAG_S = 1.5                # they are published once a second
 PROFILE_S, PROFILE_HZ = 30, 100
 PROFILED = {"stub": "Triton's Python stub (engine and model)", "front": "the front"}
 TOLD = ("queue", "ttft", "inter_token", "response_delay")       # histograms of docs/metrics.md
+ENDED = "tide_requests_ended_total"
 BUSY = ("tide_running_requests", "tide_waiting_requests", "tide_kv_tokens_used", "nv_inference_pending_request_count")
 
 
@@ -126,7 +130,7 @@ def steps_of(config: TideConfig) -> dict[str, tuple[float, int]]:
     return found
 
 
-def added(heard: Sequence[Heard], steps: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+def added(heard: Sequence[Heard], steps: Mapping[str, tuple[float, int]], prefill_share: float = 0.0) -> dict[str, Any]:
     """What stands between the model's steps and the client's chunks, per token."""
     whole = [h for h in heard if h.temper is Temper.STEADY and h.is_whole and h.request_id in steps]
     if not whole:
@@ -137,6 +141,7 @@ def added(heard: Sequence[Heard], steps: Mapping[str, tuple[float, int]]) -> dic
     return {"requests": len(whole), "client_ms_per_token": round(statistics.median(client_ms), 3),
             "step_ms_per_token": round(statistics.median(engine_ms), 3),
             "added_ms_per_token": {"median": round(statistics.median(per_token), 3), "p95": round(float(np.quantile(per_token, 0.95)), 3)},
+            "of_it_prompts_of_others": round(statistics.median(client_ms) * prefill_share, 3),
             "chunks_per_step": round(sum(len(h.chunk_at) - 1 for h in whole) / sum(steps[h.request_id][1] for h in whole), 3)}
 
 
@@ -158,8 +163,8 @@ def heard_by(clients: Sequence[Client], seconds: float) -> dict[str, Any]:
             "ttft_ms": quantiles_ms([h.chunk_at[0] - h.sent_at for h in steady]), "inter_chunk_ms": quantiles_ms(gaps)}
 
 
-def total(metrics: Mapping[str, float], name: str) -> float:
-    return sum(value for series, value in metrics.items() if series.split("{")[0] == name)
+def total(metrics: Mapping[str, float], name: str, having: str = "") -> float:
+    return sum(value for series, value in metrics.items() if series.split("{")[0] == name and having in series)
 
 
 def await_freed(client: TritonClient, front_url: str) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def soak(stack: LocalStack, args: argparse.Namespace, prompts: Sequence[str]) ->
     url, model, watched = stack.triton_url, stack.record.target, Watched(stack)
     server = TritonClient(url, model, stack.record.urls["triton_metrics"])
     first = asyncio.run(alone(url, model, prompts, args.alone))
+    time.sleep(METRICS_LAG_S)
     before = server.metrics()
     watched.start_clock()
     profiler = Profiler(args, watched, Path(stack.state.root))
@@ -197,13 +203,15 @@ def soak(stack: LocalStack, args: argparse.Namespace, prompts: Sequence[str]) ->
     seconds, cores = time.perf_counter() - began, watched.cores_used(time.perf_counter() - began)
     profiler.draw()
     freed = await_freed(server, url)
+    time.sleep(METRICS_LAG_S)
     after = server.metrics()
     watched.sample()
     grown = {name: round(total(after, name) - total(before, name), 3) for name in sorted({s.split("{")[0] for s in after})
              if name.startswith("tide_") and name.endswith(("_total", "_sum", "_count"))}
     told = {name: round(1e3 * grown[f"tide_{name}_seconds_sum"] / max(1.0, grown[f"tide_{name}_seconds_count"]), 3) for name in TOLD}
+    ended = {str(reason): int(total(after, ENDED, reason) - total(before, ENDED, reason)) for reason in FinishReason}
     report = {"streams": args.streams, "seconds": round(seconds, 1), **heard_by(clients, seconds),
-              "tokens_per_s": round(grown["tide_tokens_out_total"] / seconds, 1), "freed": freed, "cores_used": cores,
+              "tokens_per_s": round(grown["tide_tokens_out_total"] / seconds, 1), "ended": ended, "freed": freed, "cores_used": cores,
               "memory": watched.memory(), "replica_mean_ms": told, "replica_counters": grown}
     return report, first, [h for client in clients for h in client.heard]
 
@@ -227,10 +235,15 @@ def main() -> int:
         stack = LocalStack.up(config, bound=True, parts=("replica",))
         try:
             report, first, heard = soak(stack, args, prompts)
+        except Exception:
+            for log in sorted(config.state.logs.glob("*.log")):
+                sys.stderr.write(f"\n{log.name} ends with:\n{log.read_text(errors='replace')[-4_000:]}")
+            raise
         finally:
             stack.down()
         steps = steps_of(config)
-    result |= report | {"alone": added(first, steps), "crowd": added(heard, steps)}
+    share = report["replica_counters"]["tide_prefill_seconds_total"] / report["seconds"]
+    result |= report | {"alone": added(first, steps), "crowd": added(heard, steps, share)}
     finish(result, args)
     return 1 if report["errors"] or report["freed"]["left"] else 0
 

@@ -56,7 +56,8 @@ def post(client: TritonClient, body: Any, endpoint: str = "generate", path: str 
     """As any client would: raw JSON in, status and JSON out."""
     connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=20)
     with contextlib.closing(connection):
-        connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", body if isinstance(body, str) else json.dumps(body))
+        data = body if isinstance(body, str | bytes) else json.dumps(body)
+        connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", data)
         response = connection.getresponse()
         return response.status, json.loads(response.read().decode().removeprefix("data:") or "{}")
 
@@ -93,11 +94,12 @@ def test_stream_sends_steps_and_ends_with_the_totals(client: TritonClient) -> No
     ({"text_input": "hello", "sampling_param_max_token": 3}, "did you mean 'sampling_param_max_tokens'"),
     ({"text_input": ""}, "text_input is empty"), ({"text_input": ["a", "b"]}, "text_input must hold one element"),
     ({"text_input": "x" * 600}, "exceed this engine's context"), ({"text_input": "x", "speculation": "often"}, "speculation must be"),
+    (b'{"text_input": "a\xff"}', "text_input is not valid UTF-8"),
     ({"text_input": "x", "sampling_param_max_tokens": 0}, "max_tokens must be at least 1"),
     ({"text_input": "x", "sampling_param_temperature": -1}, "temperature must be"), ({"text_input": "x", "deadline_s": 0}, "deadline"),
     ({"text_input": "x", "request_id": "gone", "stop": True}, "no request 'gone' is running")])
 @pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
-def test_bad_requests_are_400(client: TritonClient, body: dict[str, Any], says: str, endpoint: str) -> None:
+def test_bad_requests_are_400(client: TritonClient, body: Any, says: str, endpoint: str) -> None:
     status, outputs = post(client, body, endpoint)
     assert status == 400 and says in outputs["error"]
 

@@ -126,6 +126,7 @@ def test_a_gap_is_shared_by_the_tokens_of_its_step(monkeypatch: pytest.MonkeyPat
     for emitted in (4, 1):
         now[0] += 0.2
         tally.on_step([step(StepKind.VERIFY, emitted, drafted=3, accepted=emitted - 1)])
+    assert tally.prefill_s == pytest.approx(0.002)
     found = tally.inter_token.read()
     assert found.count == 5 and found.total == pytest.approx(0.4) and found.at_most["0.05"] == 4
 

@@ -69,6 +69,7 @@ class MetricsPublisher:
             ("tide_ttft_seconds", "From a request's arrival to its first token", desk.waits.first_token),
             ("tide_inter_token_seconds", "Between a request's tokens, in the engine", tally.inter_token),
             ("tide_response_delay_seconds", "From a step's end to Triton having taken its response", outbox.delay))]
+        self._prefill = series("tide_prefill_seconds_total", "Time in prompt chunks")
         self._sink_errors = series("tide_sink_errors_total", "Failures of the capture sink: it is switched off then")
         self._collecting = series("tide_collecting_workloads", "Workloads whose states are being collected")
         self._acceptance_length = series("tide_acceptance_length", "Tokens per verification step, bonus token included")
@@ -90,6 +91,7 @@ class MetricsPublisher:
         for reason, count in self._desk.waits.finished().items():
             self._ended.put(count, finish_reason=reason)
         self._responses.put(self._outbox.waiting())
+        self._prefill.put(self._tally.prefill_s)
         self._sink_errors.put(stats.sink_errors + self._tally.errors)
         for histogram, read in self._histograms:
             histogram.put(read())

@@ -78,6 +78,7 @@ class TallySink:
         self._last_at: dict[str, float] = {}           # of a running request's last token
         self.inter_token = Histogram()
         self.errors = 0                                # of the sink behind
+        self.prefill_s = 0.0                           # in prompt chunks
 
     def by_version(self) -> dict[str, Counts]:
         """Counts so far; steps without a draft are under ""."""
@@ -95,7 +96,9 @@ class TallySink:
         now = time.perf_counter()
         with self._lock:
             for event in events:
-                if event.kind is not StepKind.PREFILL:
+                if event.kind is StepKind.PREFILL:
+                    self.prefill_s += event.step_ms / 1e3
+                else:
                     self._by_version.setdefault(event.draft_version, Counts()).count(event)
         for event in events:
             if event.emitted:
