@@ -78,9 +78,9 @@ def draw(root: Frame, title: str) -> str:
 
 
 def _draw(frame: Frame, total: int, x: float, y: int, least: float, parts: list[str]) -> None:
-    width = WIDTH * frame.samples / total
+    width = WIDTH * frame.samples / max(1, total)
     colour = next((colour for mark, colour in COLOURS if f"({mark}" in frame.name), OTHER)
-    label = f"{100 * frame.samples / total:.1f}% {frame.name}"
+    label = f"{100 * frame.samples / max(1, total):.1f}% {frame.name}"
     shown = label[: int((width - 4) / CHARACTER)]
     text = f'<text x="{x + 2:.1f}" y="{y + 12}">{html.escape(shown)}</text>' if len(shown) > 3 else ""
     parts.append(f'<g><title>{html.escape(label)}</title><rect x="{x:.1f}" y="{y}" width="{max(width - 0.4, 0.3):.1f}" height="{ROW - 1}" '

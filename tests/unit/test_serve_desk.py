@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tide_pipeline.contracts import EngineBuild, StepKind
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.errors import EngineClosed, InvalidRequest
+from tide_pipeline.serve import desk
 from tide_pipeline.serve.answer import ErrorKind
 from tide_pipeline.serve.desk import Desk
 from tide_pipeline.serve.request import Asked
@@ -103,7 +107,8 @@ def test_cancel_by_id(tiny_dir: Path) -> None:
     assert reply.error == (ErrorKind.CANCELLED, "the request was cancelled")
 
 
-def test_take_blocks_until_the_engine_has_room(tiny_dir: Path) -> None:
+def test_take_waits_for_room(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "LONGEST_TAKE_S", 60.0)
     counter = Counter(tiny_dir, places=1)
     counter.take(asked("a", max_tokens=4))
     second = threading.Thread(target=counter.take, args=(asked("b", max_tokens=4),))
@@ -112,7 +117,45 @@ def test_take_blocks_until_the_engine_has_room(tiny_dir: Path) -> None:
     assert second.is_alive() and counter.engine.stats().waiting == 1
     counter.engine.step()                                  # "a" leaves the queue
     second.join(5)
-    assert not second.is_alive() and counter.engine.stats().waiting == 1
+    assert not second.is_alive() and counter.engine.stats().waiting == 1 and counter.desk.parked() == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    gives_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < gives_up
+        time.sleep(0.005)
+
+
+def test_what_found_no_room_is_parked_and_admitted_in_order(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's thread comes back soon; a refusal is told to the client then."""
+    monkeypatch.setattr(desk, "LONGEST_TAKE_S", 0.02)
+    counter = Counter(tiny_dir, places=1)
+    replies = {name: counter.take(asked(name, max_tokens=0 if name == "c" else 2, ignore_eos=True)) for name in "abcd"}
+    assert counter.desk.parked() == 3 and counter.engine.stats().waiting == 1
+    with pytest.raises(InvalidRequest, match="in use"):
+        counter.take(asked("c"))
+    until(lambda: bool(counter.engine.step() or all(reply.is_ended for reply in replies.values())))
+    assert replies["c"].error is not None and replies["c"].error[0] is ErrorKind.INVALID_ARG
+    assert all(replies[name].heard[-1]["num_output_tokens"] == "2" for name in "abd") and counter.desk.parked() == 0
+    counter.take(asked("c", max_tokens=2))                 # its id is free again
+    counter.desk.close()
+
+
+def test_a_parked_request_ends_with_its_client_its_deadline_or_the_desk(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "LONGEST_TAKE_S", 0.02)
+    counter = Counter(tiny_dir, places=1)
+    counter.take(asked("first", max_tokens=2))
+    replies = {name: counter.take(asked(name)) for name in ("leaves", "stopped", "waits")}
+    late = HeardReply()
+    counter.desk.take(counter.engine, replace(asked("late"), began=time.monotonic() - 1e4), late)
+    assert counter.desk.parked() == 4
+    replies["leaves"].is_gone = True
+    assert counter.desk.sweep() == 2 and late.heard[0]["finish_reason"] == "deadline"
+    assert counter.desk.cancel("stopped") and not counter.desk.cancel("stopped")
+    assert {replies[name].error for name in ("leaves", "stopped")} == {(ErrorKind.CANCELLED, "the request was cancelled")}
+    counter.desk.close()
+    assert replies["waits"].error is not None and replies["waits"].error[0] is ErrorKind.UNAVAILABLE and counter.desk.parked() == 0
 
 
 def test_a_refused_request_leaves_its_place(tiny_dir: Path) -> None:

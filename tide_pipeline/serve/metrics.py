@@ -33,7 +33,6 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
 }
 GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "tide_running_requests": ("Requests in the batch", lambda s: s.running),
-    "tide_waiting_requests": ("Requests in the engine's queue (Triton's own is nv_inference_pending_request_count)", lambda s: s.waiting),
     "tide_kv_tokens_used": ("Positions held in the target's KV cache", lambda s: s.kv_tokens_used),
     "tide_kv_tokens_capacity": ("Positions that fit", lambda s: s.kv_tokens_total),
 }
@@ -63,6 +62,7 @@ class MetricsPublisher:
         self._capture_series = [(series(n, text), key) for n, (text, key) in CAPTURE_COUNTERS.items()]
         self._depth_steps = series("tide_draft_length_steps_total", "Engine steps by draft length")
         self._ended = series("tide_requests_ended_total", "Requests that ended, by finish reason; those that were refused are not in it")
+        self._waiting = series("tide_waiting_requests", "Requests before the batch (Triton's queue: nv_inference_pending_request_count)")
         self._responses = series("tide_responses_waiting", "Responses that the engine has made and Triton has not taken yet")
         self._histograms = [(HistogramSeries(pb_utils, name, text, labels), of.read) for name, text, of in (
             ("tide_queue_seconds", "From a request's arrival to its first prompt chunk", desk.waits.queue),
@@ -90,6 +90,7 @@ class MetricsPublisher:
             self._depth_steps.put(steps, draft_length=str(length))
         for reason, count in self._desk.waits.finished().items():
             self._ended.put(count, finish_reason=reason)
+        self._waiting.put(stats.waiting + self._desk.parked())
         self._responses.put(self._outbox.waiting())
         self._prefill.put(self._tally.prefill_s)
         self._sink_errors.put(stats.sink_errors + self._tally.errors)
