@@ -50,7 +50,7 @@ gpu: install
 	$(BIN)/pytest -m gpu
 
 bench-quick: install
-	@for script in decode adaptive capture_cost swaps gpu_engine; do \
+	@for script in decode adaptive stop_rules capture_cost swaps gpu_engine; do \
 		echo "benchmarks/$$script.py --quick"; \
 		$(BIN)/python benchmarks/$$script.py --quick > /dev/null || exit 1; \
 	done

@@ -30,6 +30,7 @@ from tests.helpers import (
     write_tiny_build,
     write_tiny_target,
 )
+from tide_pipeline.config import EngineSpec
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, StepKind
 from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.embedded import EmbeddedEngine
@@ -240,27 +241,45 @@ def _drafted_by_position(sink: RecordingSink, request_id: str) -> dict[int, tupl
     return {event.start_pos: event.drafted for event in sink.requests[request_id].events if event.drafted}
 
 
-@pytest.mark.parametrize("off_for", [3, 40])
-def test_after_a_pause_it_drafts_as_if_it_had_never_paused(world: World, monkeypatch: pytest.MonkeyPatch, off_for: int) -> None:
-    """Draft length 0 leaves no stale KV: buffered states catch up in one pass, in a batch and beyond the limit of buffering."""
+def _drafts_with_and_without_a_pause(target_dir: Path, spec: EngineSpec, build: EngineBuild, off_for: int, tokens: int,
+                                     patch: pytest.MonkeyPatch) -> list[list[dict[int, tuple[int, ...]]]]:
     seen = []
     for pause in (0, off_for):
         sink = RecordingSink()
-        engine = tiny_engine(world.folder, spec=world.target.spec, drafts=world.builds[0], sink=sink)
+        engine = tiny_engine(target_dir, spec=spec, drafts=build, sink=sink)
         for i, prompt in enumerate(("abcd", "hgfedcba")):
-            submit(engine, ask(f"r{i}", prompt, max_tokens=60, ignore_eos=True))
-        monkeypatch.setattr(SpeculationController, "plan", forced(0))
+            submit(engine, ask(f"r{i}", prompt, max_tokens=tokens, ignore_eos=True))
+        patch.setattr(SpeculationController, "plan", forced(0))
         for _ in range(pause):
             engine.step()
-        monkeypatch.setattr(SpeculationController, "plan", forced(2))
+        patch.setattr(SpeculationController, "plan", forced(2))
         drain(engine)
         seen.append([_drafted_by_position(sink, f"r{i}") for i in range(2)])
-    for always, paused in zip(*seen, strict=True):
-        shared = always.keys() & paused.keys()
-        assert paused and min(paused) >= off_for and len(shared) >= 3
-        for at in shared:
-            n = min(len(always[at]), len(paused[at]))            # lengths follow the slots, which the two may hold in another order
-            assert paused[at][:n] == always[at][:n]
+    return seen
+
+
+def _assert_as_if_never_off(always: dict[int, tuple[int, ...]], paused: dict[int, tuple[int, ...]], off_for: int) -> None:
+    shared = always.keys() & paused.keys()
+    assert paused and min(paused) >= off_for and len(shared) >= 3
+    for at in shared:
+        n = min(len(always[at]), len(paused[at]))                # lengths follow the slots, which the two may hold in another order
+        assert paused[at][:n] == always[at][:n]
+
+
+@pytest.mark.parametrize("off_for", [3, 40])
+def test_after_a_pause_it_drafts_as_if_it_had_never_paused(world: World, monkeypatch: pytest.MonkeyPatch, off_for: int) -> None:
+    """Draft length 0 leaves no stale KV: buffered states catch up in one pass."""
+    for always, paused in zip(*_drafts_with_and_without_a_pause(world.folder, world.target.spec, world.builds[0], off_for, 60, monkeypatch),
+                              strict=True):
+        _assert_as_if_never_off(always, paused, off_for)
+
+
+def test_off_for_200_tokens_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_spec(max_context=300, max_draft_length=MAX_DEPTH)
+    target = Target(write_tiny_target(tmp_path / "target", vocab=27, layers=3, max_positions=320), spec)
+    build = write_tiny_build(tmp_path / "build", target)
+    for always, paused in zip(*_drafts_with_and_without_a_pause(tmp_path / "target", spec, build, 200, 280, monkeypatch), strict=True):
+        _assert_as_if_never_off(always, paused, 200)
 
 
 def test_a_swap_leaves_requests_in_flight_on_their_draft(world: World) -> None:

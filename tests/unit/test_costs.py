@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tide_pipeline.engine.costs import StepCosts, interpolate
+from tide_pipeline.engine.profile import monotone
 
 
 def _costs() -> StepCosts:
@@ -24,6 +25,11 @@ def test_costs_of_cells_that_were_never_measured() -> None:
     costs = _costs()
     assert costs.verify_ms(4, 10) == pytest.approx(18.0) and costs.verify_ms(2, 5) == pytest.approx(13.0)
     assert costs.draft_ms(2, 3) == pytest.approx(4.0) and costs.draft_ms(8, 0) == 0.0
+
+
+def test_a_profiled_cell_that_a_larger_one_beats_was_disturbed() -> None:
+    cells = {(1, 1, 64): 7.6, (1, 2, 64): 6.7, (1, 3, 64): 7.0, (2, 2, 64): 6.9, (1, 1, 512): 6.5, (1, 2, 512): 9.0}
+    assert monotone(cells) == {(1, 1, 64): 6.5, (1, 2, 64): 6.7, (1, 3, 64): 7.0, (2, 2, 64): 6.9, (1, 1, 512): 6.5, (1, 2, 512): 9.0}
 
 
 def test_a_longer_context_costs_more() -> None:

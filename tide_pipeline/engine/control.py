@@ -153,8 +153,9 @@ class SpeculationController:
                 limits[i] = min(slots[i].cap, self.max_depth)
         if not any(limits):
             return Plan(lengths)
-        batch, members, more, costs = len(slots), _members(slots), sum(lengths), self.costs
-        row_ms = (costs.verify_ms(batch, batch + more, context) - costs.verify_ms(batch, batch, context)) / more
+        batch, members, costs = len(slots), _members(slots), self.costs
+        most = batch * self.max_depth
+        row_ms = (costs.verify_ms(batch, batch + most, context) - costs.verify_ms(batch, batch, context)) / most
         pass_ms = [costs.draft_ms(members, j + 1, context) - costs.draft_ms(members, j, context) for j in range(self.max_depth)]
         return Plan(lengths, limits=limits, worth=Worth(rate * row_ms, tuple(rate * ms for ms in pass_ms)))
 

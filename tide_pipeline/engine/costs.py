@@ -11,7 +11,7 @@ comparable with one that was. Times between measured cells are interpolated.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 LOAD_WEIGHT = 0.25               # of the newest step, in the load
 CELL_WEIGHT = 0.01               # and in its own cell: slow, as it is relative to all others
@@ -27,43 +27,51 @@ class Grid:
 
     def __init__(self, cells: Mapping[Cell, float] | None = None) -> None:
         self.cells = dict(cells or {})
-        self._contexts = sorted({context for _, _, context in self.cells}) or [0]
-        self._curves: dict[tuple[int, int], list[float]] = {}      # (members or batch, context / stride) -> ms by depth or rows
         self._folded = 0
+        self._forget()
 
     def ms(self, x: int, y: int, context: int) -> float:
-        at = context // CONTEXT_STRIDE
-        curve = self._curves.get((x, at))
+        key = x, context // CONTEXT_STRIDE
+        curve = self._curves.get(key)
         if curve is None:
-            curve = self._curves[(x, at)] = []
-        while len(curve) <= y:
-            curve.append(self._between(x, len(curve), at * CONTEXT_STRIDE))
-        return curve[y]
+            curve = self._curves[key] = self._mix(x, key[1] * CONTEXT_STRIDE)
+        return curve[y] if y < len(curve) else curve[-1] + (curve[-1] - curve[-2]) * (y - len(curve) + 1)
 
     def add(self, x: int, y: int, ms: float) -> None:
         """Without a profile the first time that is seen counts, for all contexts."""
         self.cells.setdefault((x, y, 0), ms)
-        self._curves.clear()
+        self._forget()
 
     def fold(self, x: int, y: int, context: int, ratio: float) -> None:
         """Let the cells before and after this context follow a time that was `ratio` times the expected one, the nearer one more."""
         excess = CELL_WEIGHT * (min(OUTLIER, max(1 / OUTLIER, ratio)) - 1.0)
-        i = min(max(1, bisect_left(self._contexts, context)), len(self._contexts) - 1)
-        low, high = self._contexts[i - 1], self._contexts[i]
-        share = min(1.0, max(0.0, (context - low) / (high - low))) if high > low else 1.0
-        for c, weight in ((low, 1.0 - share), (high, share)):
+        for c, weight in line_weights(self._contexts, context):
             if (x, y, c) in self.cells:
-                self.cells[(x, y, c)] *= 1.0 + weight * excess
+                self.cells[(x, y, c)] *= 1.0 + min(1.0, max(0.0, weight)) * excess
         self._folded += 1
         if self._folded % REFRESH_STEPS == 0:
-            self._curves.clear()
+            self._forget()
 
-    def _between(self, x: int, y: int, context: int) -> float:
-        """Along y at the nearest measured x, then between these, then between contexts."""
-        known: dict[int, dict[int, dict[int, float]]] = {}
-        for (a, b, c), ms in self.cells.items():
-            known.setdefault(c, {}).setdefault(a, {})[b] = ms
-        return interpolate({c: interpolate({a: interpolate(line, y) for a, line in by_x.items()}, x) for c, by_x in known.items()}, context)
+    def _forget(self) -> None:
+        """What follows from the cells."""
+        self._contexts = sorted({c for _, _, c in self.cells})
+        self._most = max((y for _, y, _ in self.cells), default=0) + 1
+        self._lines: dict[tuple[int, int], list[float]] = {}       # (members or batch, context) that was measured -> ms by depth or rows
+        self._curves: dict[tuple[int, int], list[float]] = {}      # (members or batch, context / stride) -> the same
+
+    def _line(self, x: int, context: int) -> list[float]:
+        if (x, context) not in self._lines:
+            known = {b: ms for (a, b, c), ms in self.cells.items() if (a, c) == (x, context)}
+            self._lines[(x, context)] = [interpolate(known, y) for y in range(self._most + 1)]
+        return self._lines[(x, context)]
+
+    def _mix(self, x: int, context: int) -> list[float]:
+        """Between the nearest measured x, then between contexts."""
+        mixed = [0.0] * (self._most + 1)
+        for c, of_context in line_weights(self._contexts, context):
+            for a, of_x in line_weights(sorted({a for a, _, at in self.cells if at == c}), x):
+                mixed = [ms + of_context * of_x * line for ms, line in zip(mixed, self._line(a, c), strict=True)]
+        return mixed
 
 
 class StepCosts:
@@ -106,14 +114,17 @@ class StepCosts:
                 **{f"m{m}k{d}c{c}": round(ms, 3) for (m, d, c), ms in sorted(self._draft.cells.items())}}
 
 
-def interpolate(known: dict[int, float], at: int) -> float:
-    """In a straight line between the nearest known places, and on along the last line beyond them; constant below the first,
-    0 where nothing is known."""
-    places = sorted(known)
-    if not places:
-        return 0.0
-    if at in known or len(places) == 1 or at < places[0]:
-        return known[at] if at in known else known[places[0]]
+def line_weights(places: Sequence[int], at: int) -> list[tuple[int, float]]:
+    """Of known places, in ascending order: a straight line between the two nearest, and on along the last one beyond them; constant
+    below the first."""
+    if not places or at <= places[0] or len(places) == 1:
+        return [(place, 1.0) for place in places[:1]]
     i = min(bisect_left(places, at), len(places) - 1)
     low, high = places[i - 1], places[i]
-    return known[low] + (known[high] - known[low]) * (at - low) / (high - low)
+    share = (at - low) / (high - low)
+    return [(low, 1.0 - share), (high, share)]
+
+
+def interpolate(known: Mapping[int, float], at: int) -> float:
+    """Along `line_weights`; 0 where nothing is known."""
+    return sum((weight * known[place] for place, weight in line_weights(sorted(known), at)), 0.0)
