@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,8 @@ def test_an_engine_over_static_passes_is_exact(tiny_dir: Path, tiny_target: Targ
     draft = engine._drafts["*"]
     engine.cache.static = StaticPasses(engine.target._pass, 5, graphs)
     draft.cache.static = StaticPasses(draft.runner._pass, 8, graphs)
+    if how == REPLAYED:
+        engine.profile()                                            # on the same caches: what it leaves there nobody may read
     requests = [ask(f"r{i}", "a prompt " * (1 + i % 3), speculation=speculation, max_tokens=14 + 5 * i, ignore_eos=True,
                     temperature=0.8 if i == 2 else 0.0) for i, speculation in enumerate(("auto", "off", "4", "2", "auto", "3"))]
     answers = generate(engine, *requests)
@@ -201,6 +204,23 @@ def test_an_engine_over_static_passes_is_exact(tiny_dir: Path, tiny_target: Targ
     assert engine.stats().accepted_tokens > 0 and len(engine.cache.static.buckets) > 3 and draft.cache.static.buckets
     if graphs is not None:
         assert graphs.captured == len(engine.cache.static.buckets) + len(draft.cache.static.buckets)
+
+
+class NoGraphs:
+    def capture(self, run: Callable[[], Outputs]) -> tuple[_Replay, Outputs]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def test_where_no_graph_can_be_captured_passes_run_as_they_are(target: Target, caplog: pytest.LogCaptureFixture) -> None:
+    cache = static_cache(target, EAGER)
+    cache.static = StaticPasses(target._pass, WIDEST, NoGraphs())
+    with caplog.at_level(logging.ERROR):
+        for token in (1, 2, 2):
+            got = target.forward_rows(torch.tensor([token]), torch.tensor([3]), [1], cache)
+            want = target.forward_rows(torch.tensor([token]), torch.tensor([3]), [1], target.new_cache(1, POSITIONS))
+            torch.testing.assert_close(got, want, **CLOSE)
+    assert [record.message for record in caplog.records] == [
+        "a pass could not be captured as a CUDA graph: serving goes on without new graphs, more slowly"]
 
 
 def test_warming_up_captures_what_steps_need_and_writes_nothing(target: Target) -> None:

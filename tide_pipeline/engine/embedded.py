@@ -128,9 +128,10 @@ class EmbeddedEngine:
 
     def profile(self) -> None:
         """Measure what steps cost on an idle engine; needs a draft."""
+        assert not (self._running or self._prefilling), "a profile writes over the caches of requests"
         if self._drafts:
-            runner = next(iter(self._drafts.values())).runner
-            profile_step_costs(self.target, runner, self.control, self.serve.max_batch, self.positions)
+            draft = next(iter(self._drafts.values()))
+            profile_step_costs(self.target, self.cache, draft, self.control, self.serve.max_batch, self.positions)
 
     def stats(self) -> EngineStats:
         """A snapshot; may be one step old."""

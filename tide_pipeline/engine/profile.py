@@ -10,7 +10,7 @@ import torch
 
 from tide_pipeline.engine.control import SpeculationController
 from tide_pipeline.engine.costs import Cell
-from tide_pipeline.engine.drafts import confidences
+from tide_pipeline.engine.drafts import ResidentDraft, confidences
 from tide_pipeline.models.eagle3 import DraftRunner
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
@@ -20,14 +20,16 @@ ROUNDS = 4
 TRUE_ROWS = 2                                    # rows that a draft's cache gains in a typical step
 
 
-def profile_step_costs(target: Target, runner: DraftRunner, control: SpeculationController, max_batch: int, positions: int) -> None:
+def profile_step_costs(target: Target, cache: KVCache, resident: ResidentDraft, control: SpeculationController, max_batch: int,
+                       positions: int) -> None:
     """Time drafting and verification for batches 1, 2, 4, .. max_batch, every depth, and up to 1 + depth rows a request.
 
-    All cells are timed in turn, and the fastest of the rounds counts: what a busy machine adds is not the engine's.
+    All cells are timed in turn, and the fastest of the rounds counts: what a busy machine adds is not the engine's. Each ends by reading
+    tokens, so a GPU's work is in its time. The engine's own caches are used, which no request may hold: what serves is what is timed.
     """
+    runner, draft_cache = resident.runner, resident.cache
     batches = sorted({b for b in (1, 2, 4, 8, 16, 32, max_batch) if b <= max_batch})
     longest = max(1, positions - control.max_depth - TRUE_ROWS - 1)
-    cache, draft_cache = target.new_cache(max_batch, positions), runner.new_cache(max_batch, positions)
     draft: dict[Cell, float] = {}
     verify: dict[Cell, float] = {}
     for _ in range(ROUNDS):

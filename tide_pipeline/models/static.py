@@ -13,6 +13,7 @@ no two of them run at once, and the least recently used ones go first.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from tide_pipeline.models.geometry import StepRows, rectangle
 from tide_pipeline.models.layers import Heads, KVCache
+
+log = logging.getLogger(__name__)
 
 CONTEXT_BITS = 8                  # contexts are rounded up to whole steps of 256, or of a quarter of their size where that is more
 LIMIT = 256                       # buckets kept for a cache
@@ -97,15 +100,17 @@ class StaticPass:
         for buffer, state_N in zip(self._states, states, strict=True):
             buffer[: len(state_N)].copy_(state_N)
 
-    def run(self, body: Body, cache: KVCache, graphs: Graphs | None) -> Outputs:
+    def run(self, body: Body, cache: KVCache) -> Outputs:
         """Outputs of all rows, good until the next pass over this cache."""
-        if self._graph is not None:
-            self._graph.replay()
-            return self._outputs
-        outputs = body(cache, self._rows, self._ids, *self._states)          # eagerly first: a capture wants a pass that has run
-        if graphs is not None:
+        if self._graph is None:
+            return body(cache, self._rows, self._ids, *self._states)
+        self._graph.replay()
+        return self._outputs
+
+    def capture(self, body: Body, cache: KVCache, graphs: Graphs) -> None:
+        """Once the pass has run: libraries set themselves up at their first call, which no graph may hold."""
+        if self._graph is None:
             self._graph, self._outputs = graphs.capture(lambda: body(cache, self._rows, self._ids, *self._states))
-        return outputs
 
     def _padded(self, widths: Sequence[int], ids_N: Tensor, positions_N: Tensor) -> Tensor:
         """All index tensors of a step in one, on the host."""
@@ -145,7 +150,9 @@ class StaticPasses:
         bucket = Bucket.of(widths, int(positions_N.max()) + 1, cache.slots, cache.positions)
         step = self._pass(bucket, cache, states)
         step.fill(ids_N, positions_N, widths, states)
-        return tuple(output[: len(ids_N)].clone() for output in step.run(self._body, cache, self._graphs))
+        outputs = tuple(output[: len(ids_N)].clone() for output in step.run(self._body, cache))
+        self._capture(step, cache)
+        return outputs
 
     @torch.inference_mode()
     def warm(self, cache: KVCache, batch: int, context: int) -> None:
@@ -154,7 +161,19 @@ class StaticPasses:
         grid = {Bucket.of([width] * B, min(T, cache.positions), cache.slots, cache.positions)
                 for T in steps for B in range(1, batch + 1) for width in range(1, self._max_width + 1)}
         for bucket in sorted(grid - self._passes.keys(), key=lambda bucket: bucket.context)[: self._limit]:
-            self._pass(bucket, cache, ()).run(self._body, cache, self._graphs)
+            step = self._pass(bucket, cache, ())
+            step.run(self._body, cache)
+            self._capture(step, cache)
+
+    def _capture(self, step: StaticPass, cache: KVCache) -> None:
+        """Without graphs steps are slower, and as right."""
+        if self._graphs is None:
+            return
+        try:
+            step.capture(self._body, cache, self._graphs)
+        except RuntimeError:
+            log.exception("a pass could not be captured as a CUDA graph: serving goes on without new graphs, more slowly")
+            self._graphs = None
 
     def _pass(self, bucket: Bucket, cache: KVCache, states: Sequence[Tensor]) -> StaticPass:
         step = self._passes.get(bucket)
