@@ -34,7 +34,7 @@ def slow_walk(draft: Eagle3Draft, target: Target, w: WindowStates, draft_length:
     anchor, steps, by_position = w.window.num_prompt_tokens - 1 - w.window.start_pos, 0, [0] * draft_length
     while anchor + 1 + draft_length < len(x):
         cache = runner.new_cache(1, 128)
-        state = runner.extend(taps[None, : anchor + 1], x[None, 1 : anchor + 2], torch.arange(anchor + 1)[None], cache)[:, -1]
+        state = runner.extend(taps[: anchor + 1], x[1 : anchor + 2], torch.arange(anchor + 1), [anchor + 1], cache)[-1:]
         drafted: list[int] = []
         for i in range(draft_length):
             if i:

@@ -155,6 +155,7 @@ class EmbeddedEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+            gc.unfreeze()
         self._waiting.clear()
         for active in list(self._requests.values()):
             self._finish(active, FinishReason.CANCELLED)
