@@ -9,8 +9,8 @@ from tide_pipeline.training.optimizer import OPTIMIZERS, SCHEDULES
 SHARES = ("soft_share", "accept_share", "replay_share", "eval_share")
 
 
-def check(settings: TrainingSettings) -> TrainingSettings:
-    """The same settings. Raises SettingsError, naming the setting and what it may be."""
+def check(settings: TrainingSettings, processes: int = 1) -> TrainingSettings:
+    """The same settings, fit for that many processes. Raises SettingsError, naming the setting and what it may be."""
     s = settings
     _must(s.optimizer in OPTIMIZERS, "optimizer", s.optimizer, f"one of {', '.join(OPTIMIZERS)}")
     _must(s.schedule in SCHEDULES, "schedule", s.schedule, f"one of {', '.join(SCHEDULES)}")
@@ -19,9 +19,8 @@ def check(settings: TrainingSettings) -> TrainingSettings:
     _must(0.0 <= s.ema_decay < 1.0, "ema_decay", s.ema_decay, "from 0 to below 1")
     _must(s.max_steps > 0, "max_steps", s.max_steps, "at least 1")
     _must(s.ttt_steps > 0, "ttt_steps", s.ttt_steps, "at least 1")
-    processes = max(len(s.train_devices), 1)
     _must(s.batch_windows >= processes and s.batch_windows % processes == 0, "batch_windows", s.batch_windows,
-          f"a multiple of the {processes} processes in train_devices")
+          f"a multiple of the number of processes, {processes}")
     _must(1 <= s.accumulate <= s.batch_windows, "accumulate", s.accumulate, f"from 1 to batch_windows ({s.batch_windows})")
     return settings
 

@@ -47,7 +47,8 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
         TrainingFailed: NaN or exploding loss, or another unfinished run in `out_dir`.
         TrainingInterrupted: `should_stop` said so; a checkpoint was written.
     """
-    settings, team = check(config.training), team or Team(device=config.training.device)
+    team = team or Team(device=config.training.device)
+    settings = check(config.training, team.size)
     progress = progress if team.is_first else lambda _: None
     torch.set_num_threads(settings.threads)
     progress(TrainProgress("loading", workload))

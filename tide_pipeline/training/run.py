@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import save
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import TideConfig
@@ -18,7 +19,7 @@ from tide_pipeline.contracts import DraftCheckpoint
 from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.checkpoint import save_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
-from tide_pipeline.provenance import write_json
+from tide_pipeline.provenance import digest_bytes, write_json
 from tide_pipeline.training.average import Average
 from tide_pipeline.training.batches import Sampler, labelled_rows
 from tide_pipeline.training.data import TrainingSet
@@ -194,6 +195,9 @@ class Run:
     def finish(self, parent: str) -> DraftCheckpoint:
         """Evaluate the last weights, keep the better of last and best, write the checkpoint folder."""
         c, s, data = self.counters, self.settings, self.data
+        if len(set(self.team.everyones(self.fingerprint()))) > 1:
+            raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
+                                 "again in another folder, with one process if it stays so")
         self.tell("evaluating")
         self.evaluate()
         self.draft.load_state_dict(self.selection.best)
@@ -213,6 +217,10 @@ class Run:
         self.team.wait()
         self.tell("done")
         return read_checkpoint(self.folder)
+
+    def fingerprint(self) -> str:
+        """Of the weights, to the last bit."""
+        return digest_bytes(save({name: t.detach().cpu().contiguous() for name, t in self.draft.state_dict().items()}))
 
     def write(self, parent: str, provenance: dict[str, Any]) -> None:
         """The draft's folder; checkpoint.json last."""

@@ -7,14 +7,18 @@ process alone is a team of one, which talks to nobody.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tide_pipeline.errors import TrainingFailed
 
 SILENCE = datetime.timedelta(minutes=10)       # a process that is not heard of for so long has gone
 
@@ -38,7 +42,8 @@ class Team:
         if self.size == 1:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        with _together():
+            dist.all_reduce(flat)
         for t, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -47,7 +52,8 @@ class Team:
         if self.size == 1:
             return list(values)
         together = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(together, op=dist.ReduceOp.MAX)
+        with _together():
+            dist.all_reduce(together, op=dist.ReduceOp.MAX)
         return [float(v) for v in together.tolist()]
 
     def everyones(self, text: str) -> list[str]:
@@ -55,7 +61,8 @@ class Team:
         if self.size == 1:
             return [text]
         texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, text)
+        with _together():
+            dist.all_gather_object(texts, text)
         return texts
 
     def wait(self) -> None:
@@ -67,17 +74,29 @@ class Team:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingFailed(f"another process of this run has gone ({str(error).splitlines()[0][:200]}): the same command goes on "
+                             "from the last snapshot") from error
+
+
 def team_of_environment(devices: Sequence[str], device: str) -> Team:
     """The team that torchrun, or `launch.py`, put this process into: RANK, LOCAL_RANK and WORLD_SIZE; alone without them.
 
-    TIDE_RENDEZVOUS names a file where the processes of one machine find each other; without it they use torchrun's address.
+    TIDE_RENDEZVOUS names a file where the processes of one machine find each other, over the loopback interface; without it
+    they use the address that torchrun gave them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Team(device=devices[0] if devices else device)
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    mine = devices[local % len(devices)] if devices else device
+    mine = devices[local % len(devices)] if devices else f"cuda:{local}" if device == "cuda" else device
     where = os.environ.get("TIDE_RENDEZVOUS")
+    if where and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if mine.startswith("cuda"):
         torch.cuda.set_device(mine)
     dist.init_process_group("nccl" if mine.startswith("cuda") else "gloo", init_method=f"file://{where}" if where else "env://",
