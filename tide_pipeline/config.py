@@ -121,8 +121,10 @@ class GateSettings:
     """What a challenger must show."""
 
     draft_length: int = 3
-    min_gain: float = 0.05             # acceptance length, lower end of the 95 % interval, on the drifted workload
-    max_workload_loss: float = 0.15    # acceptance length, any other workload
+    windows: int = 96                  # held-out windows of each workload: the newest, one of every prompt before a second of any
+    min_gain: float = 0.05             # acceptance length on the drifted workload, as estimated
+    min_gain_low: float = 0.0          # the same, lower end of its 95 % interval; a negative min_gain lowers this too
+    max_workload_loss: float = 0.15    # acceptance length, any other workload, as estimated; none of them may surely lose half as much
     min_prompts: int = 8               # different held-out ones; a workload with fewer is not judged
     bootstrap: int = 1_000
     bench_prompts: int = 8
