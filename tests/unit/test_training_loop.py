@@ -136,4 +136,21 @@ def test_progress_survives_a_reader_at_any_time(tmp_path: Path) -> None:
         printer.show(progress)
         assert json.loads((tmp_path / "progress.json").read_text())["step"] == step
     printer.show(dataclasses.replace(progress, stage="saving"))
-    assert len(lines) == 2 and "acceptance 2.50 (started at 1.70)" in lines[0] and lines[1].startswith("saving")
+    assert len(lines) == 2 and "acceptance 2.50 (started at 1.70, best" in lines[0] and lines[1].startswith("saving")
+
+
+def test_the_bar_shows_what_the_line_says() -> None:
+    import io
+
+    from rich.console import Console
+
+    from tide_pipeline.training.progress import BarViewer
+
+    screen = io.StringIO()
+    bar = BarViewer(Console(file=screen, force_terminal=True, width=200))
+    progress = TrainProgress("training", "de", step=12, share=0.25, loss=3.21, acceptance=2.5, best_acceptance=2.6, start_acceptance=1.7,
+                             rows_per_s=1234.0, time_left_s=30)
+    bar.show(progress)
+    bar.close()
+    assert progress.facts in screen.getvalue() and "25%" in screen.getvalue()
+    assert progress.facts == "step 12, loss 3.210, acceptance 2.50 (started at 1.70, best 2.60), 1,234 tokens/s, 30 s left"

@@ -43,7 +43,7 @@ def test_it_trains_and_prints_the_record(settings: Path, tmp_path: Path) -> None
     assert process.returncode == 0, err
     record = json.loads(out)
     assert record["path"] == str(tmp_path) and record["acceptance_length"] >= 1 and record["steps"] > 0
-    assert "training: step" in err and "rows/s" in err
+    assert "training: step" in err and "tokens/s" in err
     assert json.loads((tmp_path / "progress.json").read_text())["stage"] == "done"
     assert json.loads((tmp_path / "provenance.json").read_text())["seed"] == 3
 
@@ -98,3 +98,4 @@ def test_under_dagster_pipes_it_reports_numbers(settings: Path, tmp_path: Path) 
         result = dg.materialize([draft_checkpoint], resources={"pipes": dg.PipesSubprocessClient()}, instance=instance)
     metadata = result.asset_materializations_for_node("draft_checkpoint")[0].metadata
     assert metadata["steps"].value > 0 and metadata["acceptance_length"].value >= 1.0
+    assert metadata["tokens_per_s"].value > 0 and metadata["loss"].value > 0 and metadata["start_acceptance_length"].value >= 1.0

@@ -24,7 +24,7 @@ from tide_pipeline.errors import TideError
 from tide_pipeline.training.checks import check
 from tide_pipeline.training.launch import STOPPED, is_launched, launch
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
-from tide_pipeline.training.progress import BarViewer, FileViewer, LineViewer, TrainProgress, Viewer
+from tide_pipeline.training.progress import BarViewer, FileViewer, LastViewer, LineViewer, TrainProgress, Viewer
 from tide_pipeline.training.team import Team, team_of_environment
 
 PR_SET_PDEATHSIG = 1
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace, config: TideConfig, team: Team, stop: _Stop) -> DraftCheckpoint:
     """The run, told about on the screen and to Dagster; by the first process of a team only."""
     with _pipes() if team.is_first else contextlib.nullcontext() as pipes:
-        viewers = _viewers(args, pipes) if team.is_first else []
+        last = LastViewer()
+        viewers = [*_viewers(args, pipes), last] if team.is_first else []
         try:
             checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
                                      focus_since=args.focus_since, progress=lambda p: _show(viewers, p),
@@ -70,7 +71,7 @@ def _train(args: argparse.Namespace, config: TideConfig, team: Team, stop: _Stop
             for viewer in viewers:
                 viewer.close()
         if pipes is not None:
-            pipes.report_asset_materialization(metadata=_metadata(checkpoint))
+            pipes.report_asset_materialization(metadata=_metadata(checkpoint, last.progress))
         return checkpoint
 
 
@@ -154,9 +155,10 @@ def _show(viewers: list[Viewer], progress: TrainProgress) -> None:
         viewer.show(progress)
 
 
-def _metadata(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+def _metadata(checkpoint: DraftCheckpoint, last: TrainProgress) -> dict[str, Any]:
     """Plain numbers, which Dagster plots over time."""
-    return {"acceptance_length": checkpoint.acceptance_length, "train_s": checkpoint.train_s, "steps": checkpoint.steps,
+    return {"acceptance_length": checkpoint.acceptance_length, "start_acceptance_length": last.start_acceptance, "loss": last.loss,
+            "tokens_per_s": last.rows_per_s, "train_s": checkpoint.train_s, "steps": checkpoint.steps,
             "steps_per_s": checkpoint.steps / max(checkpoint.train_s, 1e-9),
             "windows": checkpoint.num_windows, "rows": checkpoint.num_rows,
             "digest": checkpoint.digest, "path": checkpoint.path, "parent": checkpoint.parent}

@@ -8,6 +8,7 @@ batch is computed again; the smaller one is kept for the rest of the run.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tide_pipeline.training.loss import LossWeights, ttt_loss
 from tide_pipeline.training.target_head import TargetHead
 
 Rows = Sequence[Sequence[Slice]]
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ class GradientMaker:
                                          "training.window_rows or training.ttt_steps, or train on a larger device") from error
             self.clear()                                                   # outside `except`: the traceback holds tensors
             self.parts = min(2 * self.parts, len(rows))
+            _log.warning("out of memory: the same batch goes on in %d micro-batches (training.accumulate)", self.parts)
 
     def clear(self) -> None:
         """Drop the gradients, and what the device caches."""

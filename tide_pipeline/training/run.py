@@ -183,7 +183,8 @@ class Run:
         c = self.counters
         mean = sum(self.losses) / len(self.losses) if self.losses else loss
         self.losses.clear()
-        c.curve.append({"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "loss": mean, "rows_per_s": rows_per_s})
+        c.curve.append({"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "loss": mean, "rows_per_s": rows_per_s,
+                        "rate_factor": rate_factor(c.step, self.share(), self.settings.warmup_steps, self.settings.schedule)})
 
     def tell(self, stage: str, rows_per_s: float = 0.0) -> None:
         c, s, share = self.counters, self.settings, min(self.share(), 1.0)
