@@ -173,6 +173,7 @@ class Run:
         """Offline acceptance on the held-out windows of the workload; remembers the best weights."""
         c = self.counters
         found = self.selection.measure(self.data.focus_held_out, c)
+        c.evaluated_step = c.step
         point = {"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "acceptance_length": found[LIVE]}
         c.curve.append(point | ({"averaged_acceptance_length": found[AVERAGED]} if AVERAGED in found else {}))
         if self.team.is_first:
@@ -199,8 +200,9 @@ class Run:
         if len(set(self.team.everyones(self.fingerprint()))) > 1:
             raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
                                  "again in another folder, with one process if it stays so")
-        self.tell("evaluating")
-        self.evaluate()
+        if c.evaluated_step != c.step:
+            self.tell("evaluating")
+            self.evaluate()
         self.draft.load_state_dict(self.selection.best)
         self.tell("saving")
         replay_acceptance = self.selection.acceptance_on(data.replay_held_out) if data.replay_held_out else 0.0

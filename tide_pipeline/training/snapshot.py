@@ -42,6 +42,7 @@ class Counters:
     best_source: str = ""          # live or averaged
     stale_evaluations: int = 0     # since the best one
     parts: int = 1                 # micro-batches in a batch; memory may have asked for more
+    evaluated_step: int = -1
     start_acceptance: float = 0.0
     last_acceptance: float = 0.0
     first_loss: float = 0.0        # a loss far above it is an explosion
