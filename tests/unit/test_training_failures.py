@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tide_pipeline.training.gradient import GradientMaker
 from tide_pipeline.training.loop import train_draft
 from tide_pipeline.training.loss import LossWeights
 from tide_pipeline.training.target_head import target_head_of
+from tide_pipeline.training.team import Team
 
 EXACT = {"time_budget_s": 0.0, "max_steps": 12, "eval_every_steps": 6, "eval_share": 0.25, "window_rows": 48, "learning_rate": 5e-3,
          "warmup_steps": 3, "autocast": False}
@@ -75,6 +78,17 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(config: TideCo
     with pytest.raises(TrainingFailed, match=r"gradient norm (inf|nan) at step 3"):
         train_draft(config, workload="de", out_dir=tmp_path)
     assert all(bool(torch.isfinite(p).all()) for p in seen[0].draft.parameters())
+
+
+def test_a_window_on_another_process_is_named_by_all(config: TideConfig, tmp_path: Path) -> None:
+    class OtherIsToBlame(Team):
+        def everyones(self, text: str) -> list[str]:
+            return [text, json.dumps([[math.nan, "request far-away"], [2.0, "request innocent"]])]
+
+    config = override(config, {"training": {"learning_rate": 50.0, "max_steps": 200, "clip_norm": 0.0}})
+    with pytest.raises(TrainingFailed, match="request far-away") as error:
+        train_draft(config, workload="de", out_dir=tmp_path, team=OtherIsToBlame())
+    assert "innocent" not in str(error.value)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tide_pipeline.training import run as run_module
 from tide_pipeline.training.acceptance import acceptance_length, replay
 from tide_pipeline.training.average import Average
 from tide_pipeline.training.data import find_windows, read_training_set
-from tide_pipeline.training.loop import train_draft
+from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
 from tide_pipeline.training.target_head import target_head_of
 
@@ -109,3 +109,11 @@ def test_the_rate_follows_the_spent_share_of_the_time(config: TideConfig, tmp_pa
              "checkpoint_every_s": 1e9}
     train_draft(override(config, {"training": timed}), workload="de", out_dir=tmp_path)
     assert factors == pytest.approx([1 - 0.05 * step for step in range(20)])
+
+    factors.clear()
+    asked = itertools.count(1)
+    with pytest.raises(TrainingInterrupted, match="step 8"):
+        train_draft(override(config, {"training": timed}), workload="de", out_dir=tmp_path / "cut", should_stop=lambda: next(asked) == 8)
+    made = train_draft(override(config, {"training": timed}), workload="de", out_dir=tmp_path / "cut")
+    assert factors == pytest.approx([1 - 0.05 * step for step in range(20)]), "the spent budget is kept"
+    assert (made.steps, made.train_s) == (20, 5.0)
