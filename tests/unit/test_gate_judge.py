@@ -40,8 +40,8 @@ def test_a_better_draft_passes_every_door() -> None:
 @pytest.mark.parametrize(("change", "says"), [
     ({"gain_low": -0.001}, "lower end is below 0.00"),
     ({"gain_low": math.nan}, "lower end is below"),
-    ({"gain": 0.04, "gain_low": 0.03}, "it is below 0.05"),
-    ({"gain": math.nan}, "it is below 0.05"),
+    ({"gain": 0.04, "gain_low": 0.03}, "the gain is below 0.05"),
+    ({"gain": math.nan}, "the gain is below 0.05"),
     ({"prompts": 7}, "7 held-out prompts, at least 8"),
 ])
 def test_a_gain_that_is_not_certain_is_refused(change: dict[str, float], says: str) -> None:

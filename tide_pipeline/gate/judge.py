@@ -62,7 +62,7 @@ def offline_door(paired: PairedAcceptance, settings: GateSettings, workload: str
         door["reason"] = f"acceptance length falls on other workloads, where at most {settings.max_workload_loss:.2f} may be lost: {lost}"
     else:
         short = [f"its lower end is below {needed_low:.2f}"] if not sure else []
-        short += [f"it is below {settings.min_gain:.2f}"] if not gained else []
+        short += [f"the gain is below {settings.min_gain:.2f}"] if not gained else []
         unknown = f"; not certain to lose less than {settings.max_workload_loss:.2f}: {', '.join(unsure)}" if unsure else ""
         door["reason"] = (f"acceptance length {paired.champion:.2f} to {paired.challenger:.2f}, gain "
                           f"{_interval(dataclasses.asdict(paired))} over {paired.prompts} prompts, "
