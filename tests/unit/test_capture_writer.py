@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes_capture import HIDDEN, TARGET, FakeEngine, make_recorder, make_ring
 from tide_pipeline.capture import lane as lane_module
-from tide_pipeline.capture import writer as writer_module
+from tide_pipeline.capture import store as store_module
 from tide_pipeline.capture.lane import Lane, LaneLimits
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
@@ -38,7 +38,7 @@ def test_where_shards_lie_and_who_may_read_them(recorder: Recorder, tmp_path: Pa
     FakeEngine(recorder).run("r")
     assert recorder.flush()
     for dataset in ("signals", "acceptance"):
-        (shard,) = live_shards(tmp_path / dataset, TARGET)
+        shard = Path(*live_shards(tmp_path / dataset, TARGET))
         target, date, hour = shard.relative_to(tmp_path / dataset).parts[:3]
         assert (target, date, hour) == (f"target={TARGET}", time.strftime("date=%Y-%m-%d", time.gmtime()),
                                         time.strftime("hour=%H", time.gmtime()))
@@ -95,7 +95,7 @@ def test_a_disk_that_refuses_costs_nothing_that_fits(tmp_path: Path, monkeypatch
     def no_space(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer_module.os, "replace", no_space)
+    monkeypatch.setattr(store_module.os, "replace", no_space)
     engine = FakeEngine(recorder)
     engine.run("a")
     wait_until(lambda: int(recorder.stats()["write_errors"]) >= 3)
@@ -103,7 +103,7 @@ def test_a_disk_that_refuses_costs_nothing_that_fits(tmp_path: Path, monkeypatch
     assert "No space left" in str(recorder.stats()["writer_error"]) and str(tmp_path) in str(recorder.stats()["writer_error"])
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []         # not even half a file
     engine.run("b")
-    monkeypatch.setattr(writer_module.os, "replace", replace)
+    monkeypatch.setattr(store_module.os, "replace", replace)
     wait_until(lambda: recorder.stats()["queued_windows"] == 0 and recorder.stats()["queued_acceptance_rows"] == 0)
     assert recorder.stats()["writer_error"] == ""
     recorder.close()

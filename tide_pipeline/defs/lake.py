@@ -46,7 +46,7 @@ def _rows(signals: Path, target: str, since: float) -> int:
 
 
 def _bytes(root: Path, target: str, since: float) -> int:
-    """Of live shards written since; one that is compacted away meanwhile counts nothing."""
+    """Of live shards written since."""
     from tide_pipeline.capture.layout import live_shards
 
-    return sum(path.stat().st_size for path in live_shards(root, target, since) if path.exists())
+    return sum(shard.size for shard in live_shards(root, target, since))

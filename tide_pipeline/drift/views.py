@@ -135,14 +135,15 @@ def _create_views(connection: Any, config: TideConfig, since: float | None, data
     skipped, used = [], []
     for name in datasets:
         files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], since)
-        connection.execute(_dataset_view(connection, name, files, with_text))
+        uris = [shard.uri for shard in files]
+        connection.execute(_dataset_view(connection, name, uris, with_text))
         skipped += left_out
-        used += files
+        used += uris
     connection.execute(_REQUESTS)
     connection.execute(_DRAFTS)
     connection.execute("create temp table skipped (path varchar, reason varchar)")
     if skipped:
-        connection.executemany("insert into skipped values (?, ?)", [[str(path), why] for path, why in skipped])
+        connection.executemany("insert into skipped values (?, ?)", [[shard.uri, why] for shard, why in skipped])
         _log.warning("left out %d shards of the lake (`tide sql \"from skipped\"`), the first: %s: %s", len(skipped), *skipped[0])
     return used
 
