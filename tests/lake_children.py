@@ -23,7 +23,7 @@ _context.set_forkserver_preload(["tests.lake_children"])
 
 
 class Doom:
-    """Ends this process, without a goodbye, at its n-th step: before or after a change to the disk."""
+    """Ends this process, without a goodbye, before its n-th change to the disk: after the one before it."""
 
     def __init__(self, step: int) -> None:
         self._left = step
@@ -33,17 +33,12 @@ class Doom:
 
     def _around(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def doomed(*args: Any, **kwargs: Any) -> Any:
-            self._tick()
-            done = change(*args, **kwargs)
-            self._tick()
-            return done
+            if self._left == 0:
+                os._exit(9)
+            self._left -= 1
+            return change(*args, **kwargs)
 
         return doomed
-
-    def _tick(self) -> None:
-        if self._left == 0:
-            os._exit(9)
-        self._left -= 1
 
 
 def start(work: Callable[..., object], *args: object) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, states_of
-from tide_pipeline.capture.names import SUPERSEDES_KEY, successor, written_at
+from tide_pipeline.capture.names import SUPERSEDES_KEY, sealed, successor, written_at
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.capture.schema import bf16_bytes, bf16_tensor
@@ -182,7 +182,7 @@ def test_a_compacted_shard_stands_for_what_it_supersedes(tmp_path: Path) -> None
     a, b = write(tmp_path, "a"), write(tmp_path, "b")
     tables = [pq.ParquetFile(path).read() for path in (a, b)]
     schema = tables[0].schema.with_metadata({SUPERSEDES_KEY: json.dumps([a.name, b.name]).encode()})
-    compact = root / successor(str(a.parent.relative_to(root)), written_at(b))
+    compact = root / sealed(successor(str(a.parent.relative_to(root)), written_at(b)), 0)
     pq.write_table(pa.concat_tables([t.replace_schema_metadata(schema.metadata) for t in tables]), compact)
     assert paths(root) == [compact]
     assert sorted(names(list_windows(root, TARGET).windows)) == ["a", "b"]

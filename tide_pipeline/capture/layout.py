@@ -16,8 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tide_pipeline.capture.names import (
-    DELETED,
-    MAINTENANCE,
     SUPERSEDES_KEY,
     TARGET_KEY,
     hour_end,
@@ -139,11 +137,10 @@ def _files(store: Store, target: str, since: float | None) -> Iterator[Stored]:
     """Files that can hold rows closed at or after `since`; days and hours before it are not opened."""
     folder = target_folder(target)
     for day in store.folders(folder) if since is not None else [folder]:
-        if day.rpartition("/")[2] in (DELETED, MAINTENANCE) or (since is not None and hour_end(day) <= since):
+        if since is not None and hour_end(day) <= since:
             continue
         for file in store.files(day, recursive=True):
-            in_partition = file.key.count("/") == 3 and file.key.split("/")[1] not in (DELETED, MAINTENANCE)
-            if in_partition and (since is None or (hour_end(file.folder) > since and written_at(file) >= since)):
+            if file.key.count("/") == 3 and (since is None or (hour_end(file.folder) > since and written_at(file) >= since)):
                 yield file
 
 

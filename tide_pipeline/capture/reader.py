@@ -21,6 +21,7 @@ from tide_pipeline.capture.encode import window_digest
 from tide_pipeline.capture.layout import TARGET_KEY, Vanished, live_shards, scan, settled, targets, written_at
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA, bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
+from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
@@ -74,12 +75,16 @@ def _list_windows(root: Root, target: str, workloads: Collection[str] | None, si
         others = ", ".join(targets(root))
         raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
                                + (f", or name one of the targets there: {others}" if others else ""))
+    tombstones = read_tombstones(root)
     found: list[SignalWindow] = []
+    seen: set[tuple[str, int, int, float]] = set()
     other_engines = 0
     for shard in reversed(shards):         # newest shard first
         if max_windows is not None and found and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
             break                          # no row of this shard, or of an older one, closed later than what we have
-        for window in _readable_windows(shard, target, skipped):
+        for window in _first_seen(_readable_windows(shard, target, skipped), seen, shard, skipped):
+            if tombstones and tombstones.cover(window.request_id, window.tenant, window.closed_at):
+                continue
             if (workloads is not None and window.workload not in workloads) or (since is not None and window.closed_at < since):
                 continue
             if engine_digest is not None and window.engine_digest != engine_digest:
@@ -121,9 +126,23 @@ def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,
                 _log.warning("skipped a window: %s, row %d: %s", uri, window.row, result)
 
 
+def _first_seen(windows: Sequence[SignalWindow], seen: set[tuple[str, int, int, float]], shard: Stored,
+                skipped: list[tuple[Stored, str]]) -> Iterator[SignalWindow]:
+    """Windows that no newer shard has: somebody's copy of a shard must not count twice."""
+    repeated = 0
+    for window in windows:
+        key = (window.request_id, window.start_pos, window.num_rows, window.closed_at)
+        repeated += key in seen
+        if key not in seen:
+            yield window
+        seen.add(key)
+    if repeated:
+        skipped.append((shard, f"repeats {repeated} windows of other shards: a copy, remove it"))
+
+
 def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, str]]) -> tuple[SignalWindow, ...]:
     try:
-        return _windows_of(shard, target)
+        return windows_in(shard, target)
     except FileNotFoundError as error:
         raise Vanished(f"{shard} was replaced while it was read: list the windows again") from error
     except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -132,7 +151,7 @@ def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, st
 
 
 @functools.lru_cache(maxsize=2048)
-def _windows_of(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
+def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
     """Every window of a shard, from its small columns."""
     with shard.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
         _check_schema(file, target)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
+from tide_pipeline.capture.names import sealed
 from tide_pipeline.errors import LakeError
 
 Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
@@ -87,27 +90,36 @@ class Store:
     def open(self, key: str) -> Any:
         return self.fs.open_input_file(self._path(key))
 
-    def put(self, key: str, fill: Callable[[Any], None]) -> int:
-        """A new file with what `fill` writes into the stream it is given; its size. Nothing is left when it fails.
+    def put(self, key: str, fill: Callable[[Any], object]) -> Stored:
+        """A new file with what `fill` writes into the stream it is given, named `names.sealed(key, its CRC)`. A failure leaves nothing.
 
         Raises OSError when disk or bucket refuse, LakeError for an object above MAX_OBJECT.
         """
-        return _put_local(Path(self.base), key, fill) if self.is_local else self._put_object(key, fill)
+        place, size = _put_local(Path(self.base), key, fill) if self.is_local else self._put_object(key, fill)
+        return Stored(self, place, size, 0)
+
+    def put_bytes(self, key: str, data: bytes) -> Stored:
+        return self.put(key, lambda stream: stream.write(data))
+
+    def read_bytes(self, key: str) -> bytes:
+        with self.open(key) as stream:
+            return bytes(stream.read())
 
     def remove(self, key: str) -> None:
         """Remove a file; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self._path(key))
 
-    def _put_object(self, key: str, fill: Callable[[Any], None]) -> int:
+    def _put_object(self, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
         sink = pa.BufferOutputStream()
         fill(sink)
         data = sink.getvalue()
         if data.size > MAX_OBJECT:
             raise LakeError(f"a shard of {data.size} bytes is too big for a bucket (at most {MAX_OBJECT}): lower capture.shard_rows")
-        with self.fs.open_output_stream(self._path(key)) as stream:
+        place = sealed(key, zlib.crc32(data))
+        with self.fs.open_output_stream(self._path(place)) as stream:
             stream.write(data)
-        return int(data.size)
+        return place, data.size
 
     def _infos(self, folder: str, recursive: bool) -> list[Any]:
         found: list[Any] = self.fs.get_file_info(fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True))
@@ -161,23 +173,46 @@ def _bucket(environment: tuple[tuple[str, str], ...]) -> Any:
                            background_writes=False, allow_delayed_open=True, **more)
 
 
-def _put_local(base: Path, key: str, fill: Callable[[Any], None]) -> int:
-    place = base / key
-    _make_folders(base, place.parent)
-    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
+class _Counted(io.RawIOBase):
+    """A file that is only written to, front to back, and knows its CRC-32."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self.crc, self._size = handle, 0, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        self.crc, self._size = zlib.crc32(left, self.crc), self._size + len(left)
+        while left:
+            left = left[os.write(self._handle, left):]
+        return len(data)
+
+
+def _put_local(base: Path, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
+    folder = (base / key).parent
+    _make_folders(base, folder)
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
-        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            stream = _Counted(handle)
             fill(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            size = stream.tell()
-        os.replace(temporary, place)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        place = sealed(key, stream.crc)
+        os.replace(temporary, base / place)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(place.parent)
-    return size
+    _sync_folder(folder)
+    return place, stream.tell()
 
 
 def _make_folders(base: Path, folder: Path) -> None:

@@ -157,4 +157,4 @@ class LakeWriter:
 
     def _write_shard(self, dataset: _Dataset[Any], batch: list[Any]) -> int:
         store = open_store(f"{os.fspath(self._lake)}/{dataset.name}")      # here, not in __init__: a bucket that is away stops no engine
-        return write_shard(store, new_shard(self._target, self._replica), self._target, dataset.schema, dataset.tables(batch))
+        return write_shard(store, new_shard(self._target, self._replica), self._target, dataset.schema, dataset.tables(batch)).size

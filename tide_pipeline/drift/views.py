@@ -20,6 +20,7 @@ from typing import Any
 import duckdb
 
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
+from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
 from tide_pipeline.drift.shards import find_damage, readable_shards
 from tide_pipeline.errors import InvalidRequest, LakeError
@@ -136,7 +137,7 @@ def _create_views(connection: Any, config: TideConfig, since: float | None, data
     for name in datasets:
         files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], since)
         uris = [shard.uri for shard in files]
-        connection.execute(_dataset_view(connection, name, uris, with_text))
+        connection.execute(_dataset_view(connection, name, uris, with_text) + (_not_deleted(config) if name == "signals" else ""))
         skipped += left_out
         used += uris
     connection.execute(_REQUESTS)
@@ -160,6 +161,15 @@ def _dataset_view(connection: Any, name: str, files: list[str], with_text: bool)
         connection.register(f"no_{name}", schema.empty_table())
         source = f"(select *, {', '.join(f'null::{kind} as {column}' for column, kind in PARTITIONS.items())} from no_{name})"  # noqa: S608
     return f"create temp view {name} as select {wanted} from {source}"  # noqa: S608 - names of ours, paths quoted
+
+
+def _not_deleted(config: TideConfig) -> str:
+    """What hides rows of `signals` that were deleted and are still on disk."""
+    tombstones = read_tombstones(config.state.signals)
+    tenants = "".join(f" and not (sha256(tenant) = '{tenant}' and epoch(closed_at) <= {until!r})"
+                      for tenant, until in tombstones.tenants.items())
+    requests = f" and not list_contains({_text_list(sorted(tombstones.requests))}, sha256(request_id))" if tombstones.requests else ""
+    return f" where true{requests}{tenants}" if tombstones else ""
 
 
 def _text_list(values: list[str]) -> str:
