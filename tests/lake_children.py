@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes_capture import TARGET, FakeEngine, make_recorder
+from tide_pipeline.capture import compact
 from tide_pipeline.capture.reader import list_windows, live_shards, read_states
 from tide_pipeline.capture.store import Store
-from tide_pipeline.errors import NotEnoughSignals
+from tide_pipeline.errors import LakeError, NotEnoughSignals
 
 _context = multiprocessing.get_context("forkserver")       # forks a process without threads, with everything imported
 _context.set_forkserver_preload(["tests.lake_children"])
@@ -113,3 +115,12 @@ def requests_in(lake: Path) -> Counter[str]:
     assert len(states) == len(index.windows)
     assert all(Path(shard).stat().st_size == shard.size for shard in live_shards(lake / "signals", TARGET))
     return Counter(window.request_id for window in index.windows)
+
+
+def compact_for_ever(lake: Path) -> None:
+    """As impatient as can be: open hours too, and the old shards go at once."""
+    compact.MIN_SHARDS = 2
+    while True:
+        with contextlib.suppress(LakeError):               # the other one was there first
+            compact.compact(lake, grace_s=0.1, settle_s=0.0)
+        time.sleep(0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -32,7 +33,8 @@ __all__ = ["SUPERSEDES_KEY", "TARGET_KEY", "Listing", "Vanished", "live_shards",
 T = TypeVar("T")
 
 _MAGIC = b"PAR1"
-_TRIES = 5                         # listings, while others replace shards under our eyes
+_TRIES = 10                        # listings, while others replace shards under our eyes
+_PAUSE_S = 0.05                    # before the second; grows
 
 
 class Vanished(LakeError):
@@ -73,11 +75,11 @@ def survey(root: Root, target: str, since: float | None = None) -> Listing:
 
 def settled(read: Callable[[], T]) -> T:
     """`read()`, begun again from the listing when a shard vanishes under it."""
-    for _ in range(_TRIES - 1):
+    for attempt in range(1, _TRIES):
         try:
             return read()
         except Vanished:
-            continue
+            time.sleep(attempt * _PAUSE_S)
     return read()
 
 
@@ -93,7 +95,7 @@ def superseded_by(shard: Stored) -> frozenset[str]:
 
 def _survey(store: Store, target: str, since: float | None) -> Listing:
     found, good = Listing(), []
-    for file in _files(store, target, since):
+    for file in _snapshot(store, target, since):
         if is_leftover(file.name):
             found.leftovers.append(file)
         elif file.name.endswith(".parquet") and not file.name.startswith("."):
@@ -131,6 +133,21 @@ def _superseded(made: Sequence[Stored]) -> tuple[set[tuple[str, str]], dict[Stor
         else:
             doubles[shard] = f"repeats rows of {sorted(rival.name for rival in rivals)[0]}: made of the same shards at the same time"
     return set(gone), doubles
+
+
+def _snapshot(store: Store, target: str, since: float | None) -> list[Stored]:
+    """A listing that misses no row: no storage lists a folder in one instant.
+
+    A listing can miss a new shard that came too late and the old ones that went too early. What was in place before an old one went is
+    in the next listing: a listing is good when the next one shows no shard made of others that it had not.
+    """
+    files = list(_files(store, target, since))
+    for _ in range(_TRIES):
+        later = list(_files(store, target, since))
+        if {file for file in later if is_compact(file.name)} <= set(files):
+            return files
+        files = later
+    raise Vanished(f"shards under {store.root} are replaced faster than they can be listed: wait for the maintenance")
 
 
 def _files(store: Store, target: str, since: float | None) -> Iterator[Stored]:

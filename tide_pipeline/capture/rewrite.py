@@ -44,7 +44,8 @@ def remove(lease: Lease, listing: Listing, shards: Iterable[Stored]) -> int:
     there = {(file.folder, file.name): file for file in (*listing.superseded, *listing.live)}
     order: dict[Stored, None] = {}
     for shard in shards:
-        oldest_first = sorted(superseded_by(shard), key=lambda name: (is_compact(name), name)) if is_compact(shard.name) else []
+        names = superseded_by(shard) if is_compact(shard.name) and (shard.folder, shard.name) in there else ()
+        oldest_first = sorted(names, key=lambda name: (is_compact(name), name))
         order |= {there[key]: None for name in oldest_first if (key := (shard.folder, name)) in there}
         order[shard] = None
     for file in order:

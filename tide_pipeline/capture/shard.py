@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tide_pipeline.capture.names import ORIGINS_KEY, SUPERSEDES_KEY, TARGET_KEY
+from tide_pipeline.capture.names import ORIGINS_KEY, SUPERSEDES_KEY, TARGET_KEY, is_compact
 from tide_pipeline.capture.schema import parquet_options
 from tide_pipeline.capture.store import Store, Stored
 
 Address = tuple[str, int]                  # file name and row
-Origin = tuple[Address, ...]               # all addresses that a row ever had, the first one first
+Origin = tuple[Address, ...]               # all addresses that a row ever had: the engine's writer's first, the present one last
 
 
 def write_shard(store: Store, key: str, target: str, schema: Any, tables: Iterable[Any]) -> Stored:
@@ -38,7 +38,7 @@ def origins_of(file: Stored, metadata: Any) -> list[Origin]:
     for name, there, count, here in json.loads((metadata.metadata or {}).get(ORIGINS_KEY, b"[]")):
         for i in range(count):
             origins[here + i].append((name, there + i))
-    return [(*addresses, (file.name, row)) for row, addresses in enumerate(origins)]
+    return [(*sorted(addresses, key=lambda address: is_compact(address[0])), (file.name, row)) for row, addresses in enumerate(origins)]
 
 
 def _write(store: Store, key: str, target: str, schema: Any, parts: Iterable[tuple[Any, Sequence[Origin] | None]],
@@ -59,7 +59,7 @@ def _write(store: Store, key: str, target: str, schema: Any, parts: Iterable[tup
 
 
 def _runs(origins: Iterable[Origin]) -> list[list[Any]]:
-    """[name, row there, number of rows, row here] of rows that follow each other in both; the oldest addresses of a row first."""
+    """[name, row there, number of rows, row here] of rows that follow each other in both."""
     runs: list[list[Any]] = []
     open_runs: dict[str, list[Any]] = {}
     for here, addresses in enumerate(origins):

@@ -110,6 +110,13 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self._path(key))
 
+    def prune(self, folder: str) -> None:
+        """Remove a local folder that is empty, and the day above it; a bucket has no folders."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._path(folder))
+                os.rmdir(self._path(folder.rpartition("/")[0]))
+
     def _put_object(self, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
         sink = pa.BufferOutputStream()
         fill(sink)

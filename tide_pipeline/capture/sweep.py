@@ -81,7 +81,11 @@ DATASETS = (SIGNALS, ACCEPTANCE)
 
 def sweep(lease: Lease, store: Store, dataset: Dataset, done: Swept, settle_s: float = SETTLE_S) -> None:
     """Carry out every tombstone of a dataset, in every target; what was done is added to `done`."""
-    tombstones = read_tombstones(store.root)
+    take_out(lease, store, dataset, read_tombstones(store.root), done, settle_s)
+
+
+def take_out(lease: Lease, store: Store, dataset: Dataset, tombstones: Tombstones, done: Swept, settle_s: float = SETTLE_S) -> None:
+    """The same for these tombstones."""
     for target in targets(store.root) if tombstones else []:
         _sweep(lease, survey(store.root, target), dataset, target, tombstones, done, settle_s)
 

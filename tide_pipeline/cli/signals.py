@@ -89,6 +89,63 @@ def delete(
     raise typer.Exit(0 if done.is_complete else 1)
 
 
+@signals.command()
+def compact(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+    """Put the small shards of each hour together, carry out late deletions, remove what was replaced an hour ago.
+
+    Writers and readers go on meanwhile.
+
+    [bold]tide signals compact[/bold]
+    """
+    from tide_pipeline.capture.compact import compact as compact_lake
+
+    done = compact_lake(settings_of(ctx).state.lake)
+    if as_json:
+        print_json({"compacted_shards": done.compacted_shards, "new_shards": done.new_shards, "removed_files": done.removed_files,
+                    "damaged": [[file.uri, why] for file, why in done.damaged]})
+    else:
+        console().print(f"{done.compacted_shards} shards became {done.new_shards}; removed {done.removed_files} old files", markup=False)
+        for file, why in done.damaged:
+            console().print(f"left out: {file}: {why}; see tide signals verify", markup=False)
+
+
+@signals.command()
+def retain(
+    ctx: typer.Context,
+    signal_days: Annotated[float | None, typer.Option(min=0.0, help="Remove signals older than this.")] = None,
+    acceptance_days: Annotated[float | None, typer.Option(min=0.0, help="Remove the acceptance log older than this.")] = None,
+    signal_gb: Annotated[float | None, typer.Option("--signal-gb", min=0.0, help="Remove the oldest signals above this many GB.")] = None,
+    tenant: Annotated[list[str] | None, typer.Option(metavar="NAME=DAYS", help="An age for one tenant's rows. Repeatable.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove what is too old or too much: whole hours by age, oldest shards by bytes, rows by tenant.
+
+    [bold]tide signals retain --signal-days 30 --signal-gb 200 --tenant acme=7[/bold]
+    """
+    from tide_pipeline.capture.retain import DAY_S, Retention
+    from tide_pipeline.capture.retain import retain as retain_lake
+
+    ages = dict(_tenant_age(text) for text in tenant or [])
+    if signal_days is None and acceptance_days is None and signal_gb is None and not ages:
+        raise InvalidRequest("say what to keep: --signal-days, --acceptance-days, --signal-gb or --tenant NAME=DAYS")
+    done = retain_lake(settings_of(ctx).state.lake, Retention(
+        None if signal_days is None else signal_days * DAY_S, None if acceptance_days is None else acceptance_days * DAY_S,
+        None if signal_gb is None else int(signal_gb * 1e9), {name: days * DAY_S for name, days in ages.items()}))
+    if as_json:
+        print_json({"expired_shards": done.expired_shards, "removed_files": done.removed_files, "left_bytes": done.left_bytes})
+    else:
+        left = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in done.left_bytes.items())
+        console().print(f"expired {done.expired_shards} shards, removed {done.removed_files} files; left: {left}", markup=False)
+
+
+def _tenant_age(text: str) -> tuple[str, float]:
+    name, _, days = text.rpartition("=")
+    try:
+        return name, float(days)
+    except ValueError:
+        raise InvalidRequest(f"--tenant {text}: expected NAME=DAYS, such as acme=7") from None
+
+
 def drafts_trained_on(config: TideConfig, windows: Iterable[Origin]) -> Iterator[dict[str, Any]]:
     """Drafts in training, builds and the local registry whose certificate names one of these windows, and drafts that began with those."""
     state, seen = config.state, set[str]()
