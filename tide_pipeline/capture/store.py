@@ -145,7 +145,7 @@ def open_store(root: Root) -> Store:
     A bucket's credentials, region and endpoint are those of the environment: AWS_ACCESS_KEY_ID and so on, AWS_REGION, and
     AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for S3-compatible storage.
     """
-    text = os.fspath(root).rstrip("/")
+    text = os.fspath(root).rstrip("/") or "/"
     scheme, separator, rest = text.partition("://")
     if not separator:
         path = str(Path(text).absolute())

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tide_pipeline.capture.layout import Vanished, scan, settled
@@ -35,6 +36,14 @@ def _readable(root: Root, target: str, schema: Any, since: float | None) -> tupl
         else:
             files.append(shard)
     return files, left_out
+
+
+def in_bucket(shards: list[Stored], schema: Any) -> Any:
+    """Shards in a bucket as a dataset that DuckDB scans through pyarrow: its own reader would have to download an extension."""
+    partitions = ds.partitioning(pa.schema([("target", pa.string()), ("date", pa.date32()), ("hour", pa.int32())]), flavor="hive")
+    store = shards[0].store
+    return ds.dataset([f"{store.base}/{shard.key}" for shard in shards], filesystem=store.fs, format="parquet", partitioning=partitions,
+                      partition_base_dir=store.base, schema=pa.schema([*schema, *partitions.schema]))
 
 
 def find_damage(root: Root, target: str, since: float | None) -> None:

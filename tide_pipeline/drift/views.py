@@ -20,9 +20,10 @@ from typing import Any
 import duckdb
 
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
+from tide_pipeline.capture.store import Stored
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
-from tide_pipeline.drift.shards import find_damage, readable_shards
+from tide_pipeline.drift.shards import find_damage, in_bucket, readable_shards
 from tide_pipeline.errors import InvalidRequest, LakeError
 
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
@@ -136,10 +137,10 @@ def _create_views(connection: Any, config: TideConfig, since: float | None, data
     skipped, used = [], []
     for name in datasets:
         files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], since)
-        uris = [shard.uri for shard in files]
-        connection.execute(_dataset_view(connection, name, uris, with_text) + (_not_deleted(config) if name == "signals" else ""))
+        hidden = _not_deleted(config) if name == "signals" else ""
+        connection.execute(_dataset_view(connection, name, files, with_text) + hidden)
         skipped += left_out
-        used += uris
+        used += [shard.uri for shard in files if shard.store.is_local]
     connection.execute(_REQUESTS)
     connection.execute(_DRAFTS)
     connection.execute("create temp table skipped (path varchar, reason varchar)")
@@ -149,14 +150,17 @@ def _create_views(connection: Any, config: TideConfig, since: float | None, data
     return used
 
 
-def _dataset_view(connection: Any, name: str, files: list[str], with_text: bool) -> str:
+def _dataset_view(connection: Any, name: str, files: list[Stored], with_text: bool) -> str:
     """The statement that creates the view of one dataset."""
     schema = SCHEMAS[name]
     columns = [column for column in schema.names if with_text or column not in TEXT_COLUMNS]
     wanted = ", ".join(f'"{column}"' for column in (*columns, *PARTITIONS))
-    if files:
+    if files and not files[0].store.is_local:
+        connection.register(f"bucket_{name}", in_bucket(files, schema))
+        source = f"bucket_{name}"
+    elif files:
         kinds = ", ".join(f"'{column}': {kind}" for column, kind in PARTITIONS.items())
-        source = f"read_parquet({_text_list(files)}, hive_partitioning = true, hive_types = {{{kinds}}})"
+        source = f"read_parquet({_text_list([shard.uri for shard in files])}, hive_partitioning = true, hive_types = {{{kinds}}})"
     else:
         connection.register(f"no_{name}", schema.empty_table())
         source = f"(select *, {', '.join(f'null::{kind} as {column}' for column, kind in PARTITIONS.items())} from no_{name})"  # noqa: S608
