@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from tide_pipeline.capture.encode import window_digest
+from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.layout import TARGET_KEY, Vanished, live_shards, scan, settled, targets, written_at
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA, bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
@@ -153,7 +153,7 @@ def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, st
 @functools.lru_cache(maxsize=2048)
 def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
     """Every window of a shard, from its small columns."""
-    with shard.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+    with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
         _check_schema(file, target)
         columns = {name: column.to_pylist() for name, column in
                    zip(_SMALL, file.read(columns=list(_SMALL), use_threads=False).select(list(_SMALL)).columns, strict=True)}
@@ -182,7 +182,7 @@ def _check_schema(file: Any, target: str) -> None:
 def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[SignalWindow, WindowStates | str]]:
     left = list(wanted)
     try:
-        with open_uri(uri) as stream, pq.ParquetFile(stream) as file:
+        with open_uri(uri) as stream, parquet_file(stream) as file:
             first_row = 0
             for group in range(file.num_row_groups):
                 end_row = first_row + file.metadata.row_group(group).num_rows

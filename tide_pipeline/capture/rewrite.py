@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tide_pipeline.capture.encode import GROUP_BYTES
+from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.layout import Listing, superseded_by
 from tide_pipeline.capture.lease import Lease
 from tide_pipeline.capture.names import is_compact, successor, written_at
@@ -56,7 +56,7 @@ def remove(lease: Lease, listing: Listing, shards: Iterable[Stored]) -> int:
 
 def read_groups(shard: Stored, columns: Sequence[str] | None = None) -> Iterator[tuple[Any, list[Origin]]]:
     """Row groups as tables, each row with its origin. Raises OSError or ArrowException for a damaged shard."""
-    with shard.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+    with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
         origins, first = origins_of(shard, file.metadata), 0
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=None if columns is None else list(columns), use_threads=False)

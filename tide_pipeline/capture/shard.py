@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tide_pipeline.capture.encryption import for_writing
 from tide_pipeline.capture.names import ORIGINS_KEY, SUPERSEDES_KEY, TARGET_KEY, is_compact
-from tide_pipeline.capture.schema import parquet_options
+from tide_pipeline.capture.schema import SIGNALS_SCHEMA, parquet_options
 from tide_pipeline.capture.store import Store, Stored
 
 Address = tuple[str, int]                  # file name and row
@@ -46,9 +47,11 @@ def _write(store: Store, key: str, target: str, schema: Any, parts: Iterable[tup
     metadata = {TARGET_KEY: target.encode(), **more}
     with_footer = schema.with_metadata(metadata)
 
+    options = parquet_options(schema) | (for_writing() if schema.equals(SIGNALS_SCHEMA) else {})
+
     def fill(stream: Any) -> None:
         origins = []
-        with pq.ParquetWriter(stream, with_footer, **parquet_options(schema)) as writer:
+        with pq.ParquetWriter(stream, with_footer, **options) as writer:
             for table, rows in parts:
                 writer.write_table(table.replace_schema_metadata(metadata))
                 origins.append(rows)

@@ -1,14 +1,14 @@
 """A folder of files on local disk or in an S3 bucket, through pyarrow.fs. Knows whole files; knows no Parquet.
 
-A file is complete or absent. Locally it is written and synced beside its place, then renamed: mode 0600, folders 0700. In a bucket it is
-finished in memory and sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is complete.
+A file is complete or absent: it is finished in memory first. Locally it is then written and synced beside its place and renamed: mode 0600,
+folders 0700. To a bucket it is sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is
+complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import re
 import uuid
@@ -26,7 +26,7 @@ from tide_pipeline.errors import LakeError
 
 Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
 
-MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket: it is finished in memory
+MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
 S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
 S3_ATTEMPTS = 3
 
@@ -95,8 +95,15 @@ class Store:
 
         Raises OSError when disk or bucket refuse, LakeError for an object above MAX_OBJECT.
         """
-        place, size = _put_local(Path(self.base), key, fill) if self.is_local else self._put_object(key, fill)
-        return Stored(self, place, size, 0)
+        sink = pa.BufferOutputStream()
+        fill(sink)
+        data = sink.getvalue()
+        place = sealed(key, zlib.crc32(data))
+        if self.is_local:
+            _put_local(Path(self.base), place, data)
+        else:
+            self._put_object(place, data)
+        return Stored(self, place, data.size, 0)
 
     def put_bytes(self, key: str, data: bytes) -> Stored:
         return self.put(key, lambda stream: stream.write(data))
@@ -117,16 +124,11 @@ class Store:
                 os.rmdir(self._path(folder))
                 os.rmdir(self._path(folder.rpartition("/")[0]))
 
-    def _put_object(self, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
-        sink = pa.BufferOutputStream()
-        fill(sink)
-        data = sink.getvalue()
+    def _put_object(self, key: str, data: Any) -> None:
         if data.size > MAX_OBJECT:
             raise LakeError(f"a shard of {data.size} bytes is too big for a bucket (at most {MAX_OBJECT}): lower capture.shard_rows")
-        place = sealed(key, zlib.crc32(data))
-        with self.fs.open_output_stream(self._path(place)) as stream:
+        with self.fs.open_output_stream(self._path(key)) as stream:
             stream.write(data)
-        return place, data.size
 
     def _infos(self, folder: str, recursive: bool) -> list[Any]:
         found: list[Any] = self.fs.get_file_info(fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True))
@@ -180,46 +182,25 @@ def _bucket(environment: tuple[tuple[str, str], ...]) -> Any:
                            background_writes=False, allow_delayed_open=True, **more)
 
 
-class _Counted(io.RawIOBase):
-    """A file that is only written to, front to back, and knows its CRC-32."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle, self.crc, self._size = handle, 0, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._size
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        self.crc, self._size = zlib.crc32(left, self.crc), self._size + len(left)
-        while left:
-            left = left[os.write(self._handle, left):]
-        return len(data)
-
-
-def _put_local(base: Path, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
-    folder = (base / key).parent
-    _make_folders(base, folder)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+def _put_local(base: Path, key: str, data: Any) -> None:
+    place = base / key
+    _make_folders(base, place.parent)
+    temporary = place.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
-            stream = _Counted(handle)
-            fill(stream)
+            left = memoryview(data).cast("B")
+            while left:
+                left = left[os.write(handle, left):]
             os.fsync(handle)
         finally:
             os.close(handle)
-        place = sealed(key, stream.crc)
-        os.replace(temporary, base / place)
+        os.replace(temporary, place)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(folder)
-    return place, stream.tell()
+    _sync_folder(place.parent)
 
 
 def _make_folders(base: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from tide_pipeline.capture.encryption import for_reading, parquet_file
 from tide_pipeline.capture.layout import Vanished, scan, settled
 from tide_pipeline.capture.store import Root, Stored
 
@@ -38,11 +39,13 @@ def _readable(root: Root, target: str, schema: Any, since: float | None) -> tupl
     return files, left_out
 
 
-def in_bucket(shards: list[Stored], schema: Any) -> Any:
-    """Shards in a bucket as a dataset that DuckDB scans through pyarrow: its own reader would have to download an extension."""
+def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
+    """Shards as a dataset that DuckDB scans: for a bucket its own reader is an extension to download, and it has no key of ours."""
+    options = ds.ParquetFragmentScanOptions(**for_reading())
     partitions = ds.partitioning(pa.schema([("target", pa.string()), ("date", pa.date32()), ("hour", pa.int32())]), flavor="hive")
     store = shards[0].store
-    return ds.dataset([f"{store.base}/{shard.key}" for shard in shards], filesystem=store.fs, format="parquet", partitioning=partitions,
+    return ds.dataset([f"{store.base}/{shard.key}" for shard in shards], filesystem=store.fs,
+                      format=ds.ParquetFileFormat(default_fragment_scan_options=options), partitioning=partitions,
                       partition_base_dir=store.base, schema=pa.schema([*schema, *partitions.schema]))
 
 
@@ -58,7 +61,7 @@ def _unlike(shard: Stored, schema: Any) -> str:
     """Which column keeps a shard from being read as `schema`; "" when none does."""
     try:
         with shard.open() as stream:
-            found = pq.read_schema(stream)
+            found = pq.read_schema(stream, **for_reading())
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -69,7 +72,7 @@ def _unlike(shard: Stored, schema: Any) -> str:
 
 def _damage(shard: Stored) -> str:
     try:
-        with shard.open() as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+        with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 file.read_row_group(group, use_threads=False)
     except FileNotFoundError:              # replaced since it was listed: the next listing tells

@@ -19,11 +19,12 @@ from typing import Any
 
 import duckdb
 
+from tide_pipeline.capture import encryption
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.capture.store import Stored
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
-from tide_pipeline.drift.shards import find_damage, in_bucket, readable_shards
+from tide_pipeline.drift.shards import find_damage, readable_shards, through_pyarrow
 from tide_pipeline.errors import InvalidRequest, LakeError
 
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
@@ -155,9 +156,9 @@ def _dataset_view(connection: Any, name: str, files: list[Stored], with_text: bo
     schema = SCHEMAS[name]
     columns = [column for column in schema.names if with_text or column not in TEXT_COLUMNS]
     wanted = ", ".join(f'"{column}"' for column in (*columns, *PARTITIONS))
-    if files and not files[0].store.is_local:
-        connection.register(f"bucket_{name}", in_bucket(files, schema))
-        source = f"bucket_{name}"
+    if files and (not files[0].store.is_local or (name == "signals" and encryption.is_on())):
+        connection.register(f"scanned_{name}", through_pyarrow(files, schema))
+        source = f"scanned_{name}"
     elif files:
         kinds = ", ".join(f"'{column}': {kind}" for column, kind in PARTITIONS.items())
         source = f"read_parquet({_text_list([shard.uri for shard in files])}, hive_partitioning = true, hive_types = {{{kinds}}})"
