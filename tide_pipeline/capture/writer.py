@@ -22,6 +22,7 @@ from tide_pipeline.capture.store import Root, open_store
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import AcceptanceRow
+from tide_pipeline.errors import SettingsError
 
 T = TypeVar("T")
 
@@ -139,7 +140,7 @@ class LakeWriter:
         try:
             size = self._write_shard(dataset, batch)
         except Exception as error:             # nothing may end this thread
-            is_disk = isinstance(error, OSError)
+            is_disk = isinstance(error, OSError | SettingsError)           # a key file can be put right too
             advice = f"free or repair {self._lake}; {len(batch)} or more items wait" if is_disk else "items dropped, please report this"
             message = f"{type(error).__name__}: {error} ({advice})"
             with self._changed:
