@@ -13,6 +13,8 @@ import pytest
 from tests.fakes_capture import TARGET, FakeEngine, make_recorder
 from tests.fakes_drift import config_in
 from tests.lake_children import die_at_every_step, requests_in
+from tide_pipeline.capture import sweep as sweep_module
+from tide_pipeline.capture.compact import compact
 from tide_pipeline.capture.delete import delete
 from tide_pipeline.capture.layout import live_shards, survey
 from tide_pipeline.capture.lease import maintenance
@@ -137,6 +139,23 @@ def test_leftovers_of_a_crash_go_after_an_hour(tmp_path: Path) -> None:
         os.utime(folder / name, (time.time() - age_s,) * 2)
     done = delete(tmp_path, request_id="bravo_1", settle_s=0.0)
     assert [file.name for file in done.unfinished] == [".young.tmp"] and not (folder / ".old.tmp").exists()
+
+
+def test_old_shards_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    delete(tmp_path, request_id="bravo_1", settle_s=0.0)
+    long_ago = time.time() - 7200
+    for path in tmp_path.rglob("*.parquet"):
+        os.utime(path, (long_ago, long_ago))
+    write(tmp_path, "bravo_1", "alpha_3")                  # late
+    looked: list[str] = []
+    read = sweep_module.read_groups
+    monkeypatch.setattr(sweep_module, "read_groups", lambda shard, columns: looked.append(shard.key) or read(shard, columns))
+    compact(tmp_path, settle_s=0.0)
+    assert len(looked) == 2 and requests_in(tmp_path)["alpha_3"] == 1 and b"bravo_1" not in bytes_of(tmp_path)
+    looked.clear()
+    delete(tmp_path, request_id="bravo_2", settle_s=0.0)   # another tombstone: everything again
+    assert len(looked) >= 6 and b"bravo_2" not in bytes_of(tmp_path)
 
 
 def test_one_maintenance_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

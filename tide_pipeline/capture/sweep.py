@@ -23,7 +23,7 @@ from tide_pipeline.capture.rewrite import read_groups, remove, replace
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.capture.shard import Origin
 from tide_pipeline.capture.store import Store, Stored
-from tide_pipeline.capture.tombstones import Tombstones, read_tombstones
+from tide_pipeline.capture.tombstones import Tombstones, note_swept, read_tombstones, swept_until
 
 DELETED_TENANT = "deleted"
 SETTLE_S = 2.0                     # between a new shard and the end of an old one: listings that had begun come to their end
@@ -81,13 +81,20 @@ DATASETS = (SIGNALS, ACCEPTANCE)
 
 def sweep(lease: Lease, store: Store, dataset: Dataset, done: Swept, settle_s: float = SETTLE_S) -> None:
     """Carry out every tombstone of a dataset, in every target; what was done is added to `done`."""
-    take_out(lease, store, dataset, read_tombstones(store.root), done, settle_s)
+    tombstones, begun = read_tombstones(store.root), time.time()
+    if tombstones:
+        before = len(done.unreadable)
+        take_out(lease, store, dataset, tombstones, done, settle_s, swept_until(store, tombstones))
+        if len(done.unreadable) == before:
+            note_swept(store, tombstones, begun)
 
 
-def take_out(lease: Lease, store: Store, dataset: Dataset, tombstones: Tombstones, done: Swept, settle_s: float = SETTLE_S) -> None:
-    """The same for these tombstones."""
+def take_out(lease: Lease, store: Store, dataset: Dataset, tombstones: Tombstones, done: Swept, settle_s: float = SETTLE_S,
+             since: float = float("-inf")) -> None:
+    """The same for these tombstones, in shards that were put in place after `since` (Unix seconds)."""
     for target in targets(store.root) if tombstones else []:
-        _sweep(lease, survey(store.root, target), dataset, target, tombstones, done, settle_s)
+        listing = survey(store.root, target)
+        _sweep(lease, listing, dataset, target, tombstones, done, settle_s, since)
 
 
 def find(shards: Iterable[Stored], dataset: Dataset, tombstones: Tombstones, unreadable: list[tuple[Stored, str]]) -> dict[Stored, Found]:
@@ -114,10 +121,11 @@ def covered(table: Any, dataset: Dataset, tombstones: Tombstones) -> NDArray[np.
     return np.array(mask, bool)
 
 
-def _sweep(lease: Lease, listing: Listing, dataset: Dataset, target: str, tombstones: Tombstones, done: Swept, settle_s: float) -> None:
+def _sweep(lease: Lease, listing: Listing, dataset: Dataset, target: str, tombstones: Tombstones, done: Swept, settle_s: float,
+           since: float) -> None:
     done.unreadable += listing.skipped
-    live = find(listing.live, dataset, tombstones, done.unreadable)
-    superseded = find(listing.superseded, dataset, tombstones, done.unreadable)
+    live, superseded = (find((file for file in files if file.mtime_ns > since * 1e9), dataset, tombstones, done.unreadable)
+                        for files in (listing.live, listing.superseded))
     old = [file for file in listing.leftovers if time.time() - file.mtime_ns / 1e9 >= LEFTOVER_S]
     done.unfinished += [file for file in listing.leftovers if file not in old]
     for shard, found in live.items():
