@@ -169,6 +169,7 @@ class TideConfig:
     engine: str = "pocket"             # folder under engines/
     engines_dir: str = "engines"
     state_dir: str = ".tide"
+    lake: str = ""                     # s3://bucket/prefix, or another folder; empty: lake/ in the state directory
     serve: ServeSettings = field(default_factory=ServeSettings)
     speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
     capture: CaptureSettings = field(default_factory=CaptureSettings)
@@ -189,25 +190,35 @@ class TideConfig:
 
     @property
     def state(self) -> StatePaths:
-        return StatePaths(Path(self.state_dir).resolve())
+        return StatePaths(Path(self.state_dir).resolve(), self.lake)
+
+
+class LakeUri(str):
+    """s3://bucket/prefix; `/` joins, as with a Path."""
+
+    def __truediv__(self, name: str) -> LakeUri:
+        return LakeUri(f"{self.rstrip('/')}/{name}")
 
 
 @dataclass(frozen=True)
 class StatePaths:
-    """Where things live under the state directory."""
+    """Where things live: under the state directory, but for a lake elsewhere."""
 
     root: Path
+    lake_uri: str = ""
 
     @property
-    def lake(self) -> Path:
-        return self.root / "lake"
+    def lake(self) -> Path | LakeUri:
+        if "://" in self.lake_uri:
+            return LakeUri(self.lake_uri)
+        return Path(self.lake_uri).resolve() if self.lake_uri else self.root / "lake"
 
     @property
-    def acceptance(self) -> Path:
+    def acceptance(self) -> Path | LakeUri:
         return self.lake / "acceptance"
 
     @property
-    def signals(self) -> Path:
+    def signals(self) -> Path | LakeUri:
         return self.lake / "signals"
 
     @property

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, states_of
-from tide_pipeline.capture.layout import SUPERSEDES_KEY, new_shard, written_at
+from tide_pipeline.capture.names import SUPERSEDES_KEY, sealed, successor, written_at
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.capture.schema import bf16_bytes, bf16_tensor
+from tide_pipeline.capture.store import Store
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, LakeError, NotEnoughSignals
 
@@ -40,6 +41,10 @@ def write(lake: Path, *names: str, workload: str = "prose", target: str = TARGET
     return shard
 
 
+def paths(root: Path) -> list[Path]:
+    return [Path(shard) for shard in live_shards(root, TARGET)]
+
+
 def names(windows: list[SignalWindow]) -> list[str]:
     return [window.request_id for window in windows]
 
@@ -56,11 +61,11 @@ def test_an_empty_lake_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_lake_that_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*args: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "glob", denied)
-    with pytest.raises(LakeError, match="check that the state directory is readable"):
+    monkeypatch.setattr(Store, "files", denied)
+    with pytest.raises(LakeError, match="check that it is there and readable"):
         live_shards(tmp_path, TARGET)
 
 
@@ -118,8 +123,8 @@ def test_truncated_shards_are_skipped_with_a_reason(tmp_path: Path, keep: int) -
     index = list_windows(tmp_path / "signals", TARGET)
     assert names(index.windows) == ["good"]
     ((path, reason),) = index.skipped
-    assert path == bad and "truncated" in reason
-    assert bad not in live_shards(tmp_path / "signals", TARGET)
+    assert Path(path) == bad and "truncated" in reason
+    assert bad not in paths(tmp_path / "signals")
 
 
 def test_foreign_and_garbled_shards_are_skipped_with_a_reason(tmp_path: Path) -> None:
@@ -177,12 +182,12 @@ def test_a_compacted_shard_stands_for_what_it_supersedes(tmp_path: Path) -> None
     a, b = write(tmp_path, "a"), write(tmp_path, "b")
     tables = [pq.ParquetFile(path).read() for path in (a, b)]
     schema = tables[0].schema.with_metadata({SUPERSEDES_KEY: json.dumps([a.name, b.name]).encode()})
-    compact = a.parent / new_shard(root, TARGET, "compactor", compact=True).name
+    compact = root / sealed(successor(str(a.parent.relative_to(root)), written_at(b)), 0)
     pq.write_table(pa.concat_tables([t.replace_schema_metadata(schema.metadata) for t in tables]), compact)
-    assert live_shards(root, TARGET) == [compact]
+    assert paths(root) == [compact]
     assert sorted(names(list_windows(root, TARGET).windows)) == ["a", "b"]
     compact.write_bytes(compact.read_bytes()[:-9])       # a compacted shard that is no good supersedes nothing
-    assert live_shards(root, TARGET) == sorted([a, b], key=written_at)
+    assert paths(root) == sorted([a, b], key=written_at)
 
 
 def test_bf16_survives_bit_for_bit() -> None:

@@ -13,10 +13,11 @@ import pytest
 
 from tests.fakes_capture import HIDDEN, TARGET, FakeEngine, make_recorder, make_ring
 from tide_pipeline.capture import lane as lane_module
-from tide_pipeline.capture import writer as writer_module
+from tide_pipeline.capture import store as store_module
 from tide_pipeline.capture.lane import Lane, LaneLimits
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.capture.windows import RowShape
 from tide_pipeline.config import CaptureSettings
 
 
@@ -38,7 +39,7 @@ def test_where_shards_lie_and_who_may_read_them(recorder: Recorder, tmp_path: Pa
     FakeEngine(recorder).run("r")
     assert recorder.flush()
     for dataset in ("signals", "acceptance"):
-        (shard,) = live_shards(tmp_path / dataset, TARGET)
+        shard = Path(*live_shards(tmp_path / dataset, TARGET))
         target, date, hour = shard.relative_to(tmp_path / dataset).parts[:3]
         assert (target, date, hour) == (f"target={TARGET}", time.strftime("date=%Y-%m-%d", time.gmtime()),
                                         time.strftime("hour=%H", time.gmtime()))
@@ -95,7 +96,7 @@ def test_a_disk_that_refuses_costs_nothing_that_fits(tmp_path: Path, monkeypatch
     def no_space(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer_module.os, "replace", no_space)
+    monkeypatch.setattr(store_module.os, "replace", no_space)
     engine = FakeEngine(recorder)
     engine.run("a")
     wait_until(lambda: int(recorder.stats()["write_errors"]) >= 3)
@@ -103,7 +104,7 @@ def test_a_disk_that_refuses_costs_nothing_that_fits(tmp_path: Path, monkeypatch
     assert "No space left" in str(recorder.stats()["writer_error"]) and str(tmp_path) in str(recorder.stats()["writer_error"])
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []         # not even half a file
     engine.run("b")
-    monkeypatch.setattr(writer_module.os, "replace", replace)
+    monkeypatch.setattr(store_module.os, "replace", replace)
     wait_until(lambda: recorder.stats()["queued_windows"] == 0 and recorder.stats()["queued_acceptance_rows"] == 0)
     assert recorder.stats()["writer_error"] == ""
     recorder.close()
@@ -160,6 +161,32 @@ def test_big_windows_make_several_row_groups(tmp_path: Path, monkeypatch: pytest
     assert pq.read_metadata(shard).num_row_groups == 3
     windows = list_windows(tmp_path / "signals", TARGET).windows
     assert [s.window.request_id for s in read_states(windows[::-1][1:], strict=True)] == ["r1", "r2"]
+
+
+def test_a_shard_holds_what_fits_an_object() -> None:
+    lane: Lane[str] = Lane(LaneLimits(items=9, bytes=1000, shard_rows=100, age_s=2.0, shard_bytes=100))
+    for name, size in (("a", 60), ("b", 30), ("c", 30), ("d", 150)):
+        assert lane.offer(name, 1, size, now=0.0)
+    assert lane.due_at() == 0.0
+    batches = []
+    while len(lane):
+        batches.append(lane.batch())
+        lane.done(len(batches[-1]))
+    assert batches == [["a", "b"], ["c"], ["d"]]
+    assert RowShape(256, 3, True, "").max_rows == 1024
+    wide = RowShape(16_384, 3, True, "")
+    assert 2 * wide.width * wide.max_rows <= 32 * 2**20 < 2 * wide.width * (wide.max_rows + 1)
+
+
+def test_a_key_that_can_not_be_read_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDE_LAKE_KEY_FILE", str(tmp_path / "key"))
+    recorder = make_recorder(tmp_path / "lake")
+    FakeEngine(recorder).run("r")
+    assert not recorder.flush() and "openssl rand -hex 32" in str(recorder.stats()["writer_error"])
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_text("5a" * 32)
+    assert recorder.flush() and count_rows(tmp_path / "lake" / "signals", TARGET) == 13
+    recorder.close()
 
 
 def test_lane_backs_off_and_returns() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes_capture import FakeEngine, make_recorder
 from tests.fakes_drift import TARGET, acceptance_row, config_in, write_log
-from tide_pipeline.capture.layout import new_shard
+from tide_pipeline.capture.names import new_shard, sealed
 from tide_pipeline.capture.reader import live_shards
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.config import TideConfig
@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> TideConfig:
 
 
 def shards(config: TideConfig) -> list[Path]:
-    return live_shards(config.state.acceptance, config.target)
+    return [Path(shard) for shard in live_shards(config.state.acceptance, config.target)]
 
 
 def one(config: TideConfig, sql: str) -> tuple[object, ...]:
@@ -125,7 +125,7 @@ def test_half_written_and_foreign_files(config: TideConfig) -> None:
     write_log(config, [acceptance_row(1e9)])
     (good,) = shards(config)
     (good.parent / f".{good.name}.tmp").write_bytes(good.read_bytes()[:100])
-    truncated, foreign = (new_shard(config.state.acceptance, TARGET, name) for name in ("truncated", "foreign"))
+    truncated, foreign = (config.state.acceptance / sealed(new_shard(TARGET, name), 0) for name in ("truncated", "foreign"))
     truncated.write_bytes(good.read_bytes()[:-10])
     pq.write_table(pa.table({"time": [1]}), foreign)
     assert one(config, "select count(*) from acceptance") == (1,)

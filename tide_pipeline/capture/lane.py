@@ -22,6 +22,7 @@ class LaneLimits:
     bytes: int
     shard_rows: int                # rows that make a shard without waiting
     age_s: float                   # a shard is written at this age of its oldest item at the latest
+    shard_bytes: float = float("inf")      # bytes that make a shard without waiting
 
 
 class Lane(Generic[T]):
@@ -55,13 +56,16 @@ class Lane(Generic[T]):
         """Monotonic time at which the next shard should be written; infinity while nothing waits."""
         if not self._items:
             return float("inf")
-        ripe_at = 0.0 if self._rows >= self.limits.shard_rows else self._items[0][3] + self.limits.age_s
+        is_full = self._rows >= self.limits.shard_rows or self._bytes >= self.limits.shard_bytes
+        ripe_at = 0.0 if is_full else self._items[0][3] + self.limits.age_s
         return max(ripe_at, self._retry_at)
 
     def batch(self) -> list[T]:
-        """The oldest items, up to a shard's worth. They stay queued until `done`."""
-        totals = itertools.accumulate((rows for _, rows, _, _ in self._items), initial=0)
-        return [entry[0] for entry, before in zip(self._items, totals, strict=False) if before < self.limits.shard_rows]
+        """The oldest items, up to a shard's worth: one at least, and no more bytes than fit. They stay queued until `done`."""
+        rows = itertools.accumulate((rows for _, rows, _, _ in self._items), initial=0)
+        until = itertools.accumulate(num_bytes for _, _, num_bytes, _ in self._items)
+        return [entry[0] for i, (entry, before, size) in enumerate(zip(self._items, rows, until, strict=False))
+                if i == 0 or (before < self.limits.shard_rows and size <= self.limits.shard_bytes)]
 
     def done(self, count: int) -> None:
         """The oldest `count` items are on disk."""

@@ -9,18 +9,19 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from tide_pipeline.capture.encode import window_digest
-from tide_pipeline.capture.layout import TARGET_KEY, live_shards, scan, targets, written_at
+from tide_pipeline.capture.encryption import parquet_file
+from tide_pipeline.capture.layout import TARGET_KEY, Vanished, live_shards, scan, settled, targets, written_at
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA, bf16_tensor
+from tide_pipeline.capture.store import Root, Stored, open_uri
+from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
@@ -38,7 +39,7 @@ class WindowIndex:
     """Windows, newest first, and what could not be read on the way."""
 
     windows: list[SignalWindow]
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: list[tuple[Stored, str]] = field(default_factory=list)
     other_engines: int = 0                 # windows passed over because another engine made them
 
     @property
@@ -56,7 +57,7 @@ class WindowStates:
     final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
 
 
-def list_windows(signals_root: Path, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
+def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
                  engine_digest: str | None = None, max_windows: int | None = None) -> WindowIndex:
     """Windows of `target` that match, newest first; [] when none does.
 
@@ -64,17 +65,26 @@ def list_windows(signals_root: Path, target: str, *, workloads: Collection[str] 
         NotEnoughSignals: the lake holds nothing at all for this target.
         LakeError: the lake can't be listed.
     """
-    shards, skipped = scan(signals_root, target, since)
-    if not shards and not skipped and (since is None or not scan(signals_root, target)[0]):
-        others = ", ".join(targets(signals_root))
-        raise NotEnoughSignals(f"no signals of target {target!r} under {signals_root}: serve traffic with capture.mode auto or on"
+    return settled(lambda: _list_windows(signals_root, target, workloads, since, engine_digest, max_windows))
+
+
+def _list_windows(root: Root, target: str, workloads: Collection[str] | None, since: float | None, engine_digest: str | None,
+                  max_windows: int | None) -> WindowIndex:
+    shards, skipped = scan(root, target, since)
+    if not shards and not skipped and (since is None or not scan(root, target)[0]):
+        others = ", ".join(targets(root))
+        raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
                                + (f", or name one of the targets there: {others}" if others else ""))
+    tombstones = read_tombstones(root)
     found: list[SignalWindow] = []
+    seen: set[tuple[str, int, int, float]] = set()
     other_engines = 0
     for shard in reversed(shards):         # newest shard first
         if max_windows is not None and found and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
             break                          # no row of this shard, or of an older one, closed later than what we have
-        for window in _readable_windows(shard, target, skipped):
+        for window in _first_seen(_readable_windows(shard, target, skipped), seen, shard, skipped):
+            if tombstones and tombstones.cover(window.request_id, window.tenant, window.closed_at):
+                continue
             if (workloads is not None and window.workload not in workloads) or (since is not None and window.closed_at < since):
                 continue
             if engine_digest is not None and window.engine_digest != engine_digest:
@@ -86,7 +96,7 @@ def list_windows(signals_root: Path, target: str, *, workloads: Collection[str] 
     return WindowIndex(found, skipped, other_engines)
 
 
-def count_rows(signals_root: Path, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
+def count_rows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
                engine_digest: str | None = None) -> int:
     """Captured token rows that match; 0 for an empty or missing lake. Raises LakeError when it can't be listed."""
     try:
@@ -116,28 +126,41 @@ def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,
                 _log.warning("skipped a window: %s, row %d: %s", uri, window.row, result)
 
 
-def _readable_windows(shard: Path, target: str, skipped: list[tuple[Path, str]]) -> tuple[SignalWindow, ...]:
+def _first_seen(windows: Sequence[SignalWindow], seen: set[tuple[str, int, int, float]], shard: Stored,
+                skipped: list[tuple[Stored, str]]) -> Iterator[SignalWindow]:
+    """Windows that no newer shard has: somebody's copy of a shard must not count twice."""
+    repeated = 0
+    for window in windows:
+        key = (window.request_id, window.start_pos, window.num_rows, window.closed_at)
+        repeated += key in seen
+        if key not in seen:
+            yield window
+        seen.add(key)
+    if repeated:
+        skipped.append((shard, f"repeats {repeated} windows of other shards: a copy, remove it"))
+
+
+def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, str]]) -> tuple[SignalWindow, ...]:
     try:
-        stat = shard.stat()
-        return _windows_of(str(shard), target, stat.st_ino, stat.st_mtime_ns)
-    except FileNotFoundError:              # compacted or deleted since it was listed
-        return ()
+        return windows_in(shard, target)
+    except FileNotFoundError as error:
+        raise Vanished(f"{shard} was replaced while it was read: list the windows again") from error
     except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException) as error:
         skipped.append((shard, str(error)))
         return ()
 
 
 @functools.lru_cache(maxsize=2048)
-def _windows_of(uri: str, target: str, inode: int, mtime_ns: int) -> tuple[SignalWindow, ...]:
-    """Every window of a shard, from its small columns. The last two arguments tell a shard from a later one of its name."""
-    with pq.ParquetFile(uri, page_checksum_verification=True) as file:
+def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
+    """Every window of a shard, from its small columns."""
+    with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
         _check_schema(file, target)
         columns = {name: column.to_pylist() for name, column in
                    zip(_SMALL, file.read(columns=list(_SMALL), use_threads=False).select(list(_SMALL)).columns, strict=True)}
     if set(columns["schema_version"]) - {SCHEMA_VERSION}:
         raise CorruptShard(f"schema version {set(columns['schema_version'])}, this code reads {SCHEMA_VERSION}: upgrade tide_pipeline")
     return tuple(SignalWindow(
-        uri=uri, row=row, request_id=columns["request_id"][row], tenant=columns["tenant"][row], workload=columns["workload"][row],
+        uri=shard.uri, row=row, request_id=columns["request_id"][row], tenant=columns["tenant"][row], workload=columns["workload"][row],
         draft_version=columns["draft_version"][row], engine_digest=columns["engine_digest"][row], start_pos=columns["start_pos"][row],
         num_rows=columns["num_rows"][row], num_prompt_tokens=columns["num_prompt_tokens"][row],
         prompt_digest=columns["prompt_digest"][row], temperature=columns["sampling"][row]["temperature"],
@@ -159,7 +182,7 @@ def _check_schema(file: Any, target: str) -> None:
 def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[SignalWindow, WindowStates | str]]:
     left = list(wanted)
     try:
-        with pq.ParquetFile(uri) as file:
+        with open_uri(uri) as stream, parquet_file(stream) as file:
             first_row = 0
             for group in range(file.num_row_groups):
                 end_row = first_row + file.metadata.row_group(group).num_rows

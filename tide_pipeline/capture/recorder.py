@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tide_pipeline.capture.blocks import AcceptanceBlocks
 from tide_pipeline.capture.control import CollectionControl
+from tide_pipeline.capture.store import Root
 from tide_pipeline.capture.windows import MAX_ROWS, ClosedWindow, RowShape, WindowAssembler
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings
@@ -36,7 +36,7 @@ class _Request:
 class Recorder:
     """engine.protocol.Sink. Engine events come from one thread; `stats`, `flush` and `on_drafts_changed` from any."""
 
-    def __init__(self, settings: CaptureSettings, target: str, lake: Path, replica: str, *,
+    def __init__(self, settings: CaptureSettings, target: str, lake: Root, replica: str, *,
                  max_window_rows: int = MAX_ROWS, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._replica, self._clock, self._max_window_rows = settings, replica, clock, max_window_rows
         self._control = CollectionControl(settings)
@@ -114,7 +114,8 @@ class Recorder:
             workload=opened.workload, epoch=self._control_epoch,
             blocks=AcceptanceBlocks(opened, self._replica, self._shape.engine_digest, self._settings.block_steps,
                                     self._writer.offer_row, self._clock),
-            windows=WindowAssembler(opened, self._shape, self._keep, self._clock, self._max_window_rows) if collect else None)
+            windows=WindowAssembler(opened, self._shape, self._keep, self._clock,
+                                    min(self._max_window_rows, self._shape.max_rows)) if collect else None)
 
     def _keep(self, window: ClosedWindow) -> None:
         if self._writer.offer_window(window):

@@ -18,6 +18,7 @@ from tide_pipeline.capture.schema import token_bytes
 from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, StepKind
 
 MAX_ROWS = 1024                    # of one window; a longer request becomes several
+MAX_WINDOW_BYTES = 32 * 2**20      # of states in one window: one at least must fit an object of a bucket
 FIRST_ROWS = 64                    # buffer size to begin with; it doubles
 
 
@@ -64,6 +65,11 @@ class RowShape:
     @property
     def width(self) -> int:
         return self.hidden_size * (self.num_taps + int(self.with_final))
+
+    @property
+    def max_rows(self) -> int:
+        """Of a window: MAX_ROWS, or fewer where rows are wide."""
+        return max(1, min(MAX_ROWS, MAX_WINDOW_BYTES // max(1, 2 * self.width)))
 
 
 class WindowAssembler:

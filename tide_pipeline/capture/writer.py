@@ -1,35 +1,35 @@
-"""Write what was captured as shards, from a thread of its own. Knows queues and files; knows neither requests nor rings.
+"""Write what was captured as shards, from a thread of its own. Knows queues; knows neither requests nor rings.
 
-A shard is complete or absent: written and synced under a dot-name beside its place, then renamed. A disk that says no costs nothing that
-fits the queues: it is tried again with growing pauses, and `stats()` says why. What does not fit is dropped and counted.
+A shard is complete or absent (store.py). A disk or bucket that says no costs nothing that fits the queues: it is tried again with growing
+pauses, and `stats()` says why. What does not fit is dropped and counted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import pyarrow.parquet as pq
 
 from tide_pipeline.capture.encode import acceptance_tables, signals_tables
 from tide_pipeline.capture.lane import Lane, LaneLimits
-from tide_pipeline.capture.layout import TARGET_KEY, new_shard
-from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, parquet_options
+from tide_pipeline.capture.names import new_shard
+from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
+from tide_pipeline.capture.shard import write_shard
+from tide_pipeline.capture.store import Root, open_store
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import AcceptanceRow
+from tide_pipeline.errors import SettingsError
 
 T = TypeVar("T")
 
 MAX_QUEUED_BYTES = 512 * 2**20     # of states waiting for the disk, whatever queue_windows allows
 MAX_QUEUED_ROWS = 50_000           # acceptance rows waiting for the disk
 ACCEPTANCE_SHARD_ROWS = 20_000
+SHARD_BYTES = 48 * 2**20           # of states in one shard, and one window more: it must fit an object (store.MAX_OBJECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class _Dataset(Generic[T]):
 class LakeWriter:
     """Takes windows and rows without blocking; a daemon thread puts them under `lake/signals` and `lake/acceptance`."""
 
-    def __init__(self, settings: CaptureSettings, target: str, lake: Path, replica: str) -> None:
+    def __init__(self, settings: CaptureSettings, target: str, lake: Root, replica: str) -> None:
         self._target, self._lake, self._replica = target, lake, replica
         self._windows: _Dataset[ClosedWindow] = _Dataset("signals", SIGNALS_SCHEMA, signals_tables, Lane(
-            LaneLimits(settings.queue_windows, MAX_QUEUED_BYTES, settings.shard_rows, settings.flush_s)))
+            LaneLimits(settings.queue_windows, MAX_QUEUED_BYTES, settings.shard_rows, settings.flush_s, SHARD_BYTES)))
         self._rows: _Dataset[AcceptanceRow] = _Dataset("acceptance", ACCEPTANCE_SCHEMA, acceptance_tables, Lane(
             LaneLimits(MAX_QUEUED_ROWS, MAX_QUEUED_BYTES, ACCEPTANCE_SHARD_ROWS, settings.flush_s)))
         self._datasets: tuple[_Dataset[Any], ...] = (self._rows, self._windows)
@@ -140,7 +140,7 @@ class LakeWriter:
         try:
             size = self._write_shard(dataset, batch)
         except Exception as error:             # nothing may end this thread
-            is_disk = isinstance(error, OSError)
+            is_disk = isinstance(error, OSError | SettingsError)           # a key file can be put right too
             advice = f"free or repair {self._lake}; {len(batch)} or more items wait" if is_disk else "items dropped, please report this"
             message = f"{type(error).__name__}: {error} ({advice})"
             with self._changed:
@@ -157,32 +157,5 @@ class LakeWriter:
         return True
 
     def _write_shard(self, dataset: _Dataset[Any], batch: list[Any]) -> int:
-        place = new_shard(self._lake / dataset.name, self._target, self._replica)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.parent / f".{place.name}.tmp"
-        schema = dataset.schema.with_metadata({TARGET_KEY: self._target.encode()})
-        try:
-            with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
-                with pq.ParquetWriter(stream, schema, **parquet_options(schema)) as writer:
-                    for table in dataset.tables(batch):
-                        writer.write_table(table.replace_schema_metadata(schema.metadata))
-                stream.flush()
-                os.fsync(stream.fileno())
-                size = stream.tell()
-            os.replace(temporary, place)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_dir(place.parent)
-        return size
-
-
-def _sync_dir(path: Path) -> None:
-    """Make a rename last through a power cut; file systems that can't are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        store = open_store(f"{os.fspath(self._lake)}/{dataset.name}")      # here, not in __init__: a bucket that is away stops no engine
+        return write_shard(store, new_shard(self._target, self._replica), self._target, dataset.schema, dataset.tables(batch)).size

@@ -39,14 +39,14 @@ def look(config: TideConfig) -> list[dg.AssetObservation]:
     ]
 
 
-def _rows(signals: Path, target: str, since: float) -> int:
+def _rows(signals: Path | str, target: str, since: float) -> int:
     from tide_pipeline.capture.reader import count_rows
 
     return count_rows(signals, target, since=since)
 
 
-def _bytes(root: Path, target: str, since: float) -> int:
-    """Of live shards written since; one that is compacted away meanwhile counts nothing."""
+def _bytes(root: Path | str, target: str, since: float) -> int:
+    """Of live shards written since."""
     from tide_pipeline.capture.layout import live_shards
 
-    return sum(path.stat().st_size for path in live_shards(root, target, since) if path.exists())
+    return sum(shard.size for shard in live_shards(root, target, since))

@@ -5,57 +5,63 @@ Footers are checked once per shard. Pages are read through only after a query ha
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from tide_pipeline.capture.layout import scan
+from tide_pipeline.capture.encryption import for_reading, parquet_file
+from tide_pipeline.capture.layout import Vanished, scan, settled
+from tide_pipeline.capture.store import Root, Stored
 
-ShardKey = tuple[str, int, int]            # path, mtime in ns, size: shards never change, so this names their bytes
-
-_damaged: dict[ShardKey, str] = {}         # the footer is right and the pages are not
+_damaged: dict[Stored, str] = {}           # the footer is right and the pages are not
 
 
-def readable_shards(root: Path, target: str, schema: Any, since: float | None) -> tuple[list[str], list[tuple[Path, str]]]:
+def readable_shards(root: Root, target: str, schema: Any, since: float | None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
     """Live shards that have the schema's columns, oldest first, and what was left out with its reason."""
+    return settled(lambda: _readable(root, target, schema, since))
+
+
+def _readable(root: Root, target: str, schema: Any, since: float | None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
     shards, left_out = scan(root, target, since)
     files = []
-    for path in shards:
+    for shard in shards:
         try:
-            key = _key(path)
-            why = _damaged.get(key) or _unlike(key, schema)
-        except FileNotFoundError:          # compacted or deleted since it was listed
-            continue
+            why = _damaged.get(shard) or _unlike(shard, schema)
+        except FileNotFoundError as error:
+            raise Vanished(f"{shard} was replaced while the lake was listed: ask again") from error
         if why:
-            left_out.append((path, why))
+            left_out.append((shard, why))
         else:
-            files.append(str(path))
+            files.append(shard)
     return files, left_out
 
 
-def find_damage(root: Path, target: str, since: float | None) -> None:
+def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
+    """Shards as a dataset that DuckDB scans: for a bucket its own reader is an extension to download, and it has no key of ours."""
+    options = ds.ParquetFragmentScanOptions(**for_reading())
+    partitions = ds.partitioning(pa.schema([("target", pa.string()), ("date", pa.date32()), ("hour", pa.int32())]), flavor="hive")
+    store = shards[0].store
+    return ds.dataset([f"{store.base}/{shard.key}" for shard in shards], filesystem=store.fs,
+                      format=ds.ParquetFileFormat(default_fragment_scan_options=options), partitioning=partitions,
+                      partition_base_dir=store.base, schema=pa.schema([*schema, *partitions.schema]))
+
+
+def find_damage(root: Root, target: str, since: float | None) -> None:
     """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on."""
-    for path in scan(root, target, since)[0]:
-        with contextlib.suppress(FileNotFoundError):
-            key = _key(path)
-            if key not in _damaged and (why := _damage(path)):
-                _damaged[key] = why
-
-
-def _key(path: Path) -> ShardKey:
-    stat = path.stat()
-    return str(path), stat.st_mtime_ns, stat.st_size
+    for shard in scan(root, target, since)[0]:
+        if shard not in _damaged and (why := _damage(shard)):
+            _damaged[shard] = why
 
 
 @functools.lru_cache(maxsize=65_536)
-def _unlike(key: ShardKey, schema: Any) -> str:
+def _unlike(shard: Stored, schema: Any) -> str:
     """Which column keeps a shard from being read as `schema`; "" when none does."""
     try:
-        found = pq.read_schema(key[0])
+        with shard.open() as stream:
+            found = pq.read_schema(stream, **for_reading())
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -64,13 +70,13 @@ def _unlike(key: ShardKey, schema: Any) -> str:
     return f"column {wrong[0]!r} is missing or of another type" if wrong else ""
 
 
-def _damage(path: Path) -> str:
+def _damage(shard: Stored) -> str:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 file.read_row_group(group, use_threads=False)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError:              # replaced since it was listed: the next listing tells
+        return ""
     except (OSError, ValueError, pa.ArrowException) as error:
         return f"damaged: {error}"
     return ""

@@ -19,9 +19,12 @@ from typing import Any
 
 import duckdb
 
+from tide_pipeline.capture import encryption
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
+from tide_pipeline.capture.store import Stored
+from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
-from tide_pipeline.drift.shards import find_damage, readable_shards
+from tide_pipeline.drift.shards import find_damage, readable_shards, through_pyarrow
 from tide_pipeline.errors import InvalidRequest, LakeError
 
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
@@ -135,30 +138,43 @@ def _create_views(connection: Any, config: TideConfig, since: float | None, data
     skipped, used = [], []
     for name in datasets:
         files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], since)
-        connection.execute(_dataset_view(connection, name, files, with_text))
+        hidden = _not_deleted(config) if name == "signals" else ""
+        connection.execute(_dataset_view(connection, name, files, with_text) + hidden)
         skipped += left_out
-        used += files
+        used += [shard.uri for shard in files if shard.store.is_local]
     connection.execute(_REQUESTS)
     connection.execute(_DRAFTS)
     connection.execute("create temp table skipped (path varchar, reason varchar)")
     if skipped:
-        connection.executemany("insert into skipped values (?, ?)", [[str(path), why] for path, why in skipped])
+        connection.executemany("insert into skipped values (?, ?)", [[shard.uri, why] for shard, why in skipped])
         _log.warning("left out %d shards of the lake (`tide sql \"from skipped\"`), the first: %s: %s", len(skipped), *skipped[0])
     return used
 
 
-def _dataset_view(connection: Any, name: str, files: list[str], with_text: bool) -> str:
+def _dataset_view(connection: Any, name: str, files: list[Stored], with_text: bool) -> str:
     """The statement that creates the view of one dataset."""
     schema = SCHEMAS[name]
     columns = [column for column in schema.names if with_text or column not in TEXT_COLUMNS]
     wanted = ", ".join(f'"{column}"' for column in (*columns, *PARTITIONS))
-    if files:
+    if files and (not files[0].store.is_local or (name == "signals" and encryption.is_on())):
+        connection.register(f"scanned_{name}", through_pyarrow(files, schema))
+        source = f"scanned_{name}"
+    elif files:
         kinds = ", ".join(f"'{column}': {kind}" for column, kind in PARTITIONS.items())
-        source = f"read_parquet({_text_list(files)}, hive_partitioning = true, hive_types = {{{kinds}}})"
+        source = f"read_parquet({_text_list([shard.uri for shard in files])}, hive_partitioning = true, hive_types = {{{kinds}}})"
     else:
         connection.register(f"no_{name}", schema.empty_table())
         source = f"(select *, {', '.join(f'null::{kind} as {column}' for column, kind in PARTITIONS.items())} from no_{name})"  # noqa: S608
     return f"create temp view {name} as select {wanted} from {source}"  # noqa: S608 - names of ours, paths quoted
+
+
+def _not_deleted(config: TideConfig) -> str:
+    """What hides rows of `signals` that were deleted and are still on disk."""
+    tombstones = read_tombstones(config.state.signals)
+    tenants = "".join(f" and not (sha256(tenant) = '{tenant}' and epoch(closed_at) <= {until!r})"
+                      for tenant, until in tombstones.tenants.items())
+    requests = f" and not list_contains({_text_list(sorted(tombstones.requests))}, sha256(request_id))" if tombstones.requests else ""
+    return f" where true{requests}{tenants}" if tombstones else ""
 
 
 def _text_list(values: list[str]) -> str:

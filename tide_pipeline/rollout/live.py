@@ -46,7 +46,8 @@ def read_live(config: TideConfig, since: float) -> list[LiveRow]:
     found: list[LiveRow] = []
     for shard in live_shards(config.state.acceptance, config.target, since):
         try:
-            table = pq.read_table(shard, columns=list(COLUMNS), partitioning=None, use_threads=False)
+            with shard.open() as stream:
+                table = pq.read_table(stream, columns=list(COLUMNS), use_threads=False)
         except (OSError, ValueError, pa.ArrowException):
             continue
         for row in table.to_pylist():

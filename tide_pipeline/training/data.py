@@ -164,7 +164,7 @@ def _dated(window: SignalWindow, workload: str, focus_since: float) -> SignalWin
     return replace(window, workload=workload + EARLIER)
 
 
-def _list(root: Path, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:
+def _list(root: Path | str, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:
     index = list_windows(root, target, engine_digest=engine_digest)
     return index.windows, Counter(f"unreadable shard: {reason}" for _, reason in index.skipped), index.other_engines
 

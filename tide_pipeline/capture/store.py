@@ -1,0 +1,229 @@
+"""A folder of files on local disk or in an S3 bucket, through pyarrow.fs. Knows whole files; knows no Parquet.
+
+A file is complete or absent: it is finished in memory first. Locally it is then written and synced beside its place and renamed: mode 0600,
+folders 0700. To a bucket it is sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is
+complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from tide_pipeline.capture.names import sealed
+from tide_pipeline.errors import LakeError
+
+Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
+
+MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
+S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
+S3_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file as it was listed. Files of a lake never change, so this names their bytes."""
+
+    store: Store
+    key: str                               # relative to the store's root, with slashes
+    size: int
+    mtime_ns: int
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def folder(self) -> str:
+        return self.key.rpartition("/")[0]
+
+    @property
+    def uri(self) -> str:
+        """A local path, or s3://bucket/key: `open_uri` opens it again."""
+        return self.store.uri(self.key)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __fspath__(self) -> str:
+        if not self.store.is_local:
+            raise LakeError(f"{self.uri} is no local file: open it through its store")
+        return self.uri
+
+    def open(self) -> Any:
+        """A random-access file for pyarrow. Raises FileNotFoundError when it was removed since it was listed."""
+        return self.store.open(self.key)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder `root`. Two of the same root are equal."""
+
+    root: str
+    base: str = field(compare=False)       # of the root inside `fs`
+    fs: Any = field(compare=False, repr=False)
+    is_local: bool = field(compare=False)
+
+    def uri(self, key: str) -> str:
+        return f"{self.root}/{key}"
+
+    def files(self, folder: str = "", *, recursive: bool = False) -> list[Stored]:
+        """Files in `folder`, sorted by key; [] where there is none. Raises OSError."""
+        infos = [info for info in self._infos(folder, recursive) if info.type == fs.FileType.File]
+        return sorted((Stored(self, self._key(info.path), info.size or 0, info.mtime_ns or 0) for info in infos), key=lambda f: f.key)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Keys of the folders directly in `folder`, sorted."""
+        return sorted(self._key(info.path).rstrip("/") for info in self._infos(folder, False) if info.type == fs.FileType.Directory)
+
+    def open(self, key: str) -> Any:
+        return self.fs.open_input_file(self._path(key))
+
+    def put(self, key: str, fill: Callable[[Any], object]) -> Stored:
+        """A new file with what `fill` writes into the stream it is given, named `names.sealed(key, its CRC)`. A failure leaves nothing.
+
+        Raises OSError when disk or bucket refuse, LakeError for an object above MAX_OBJECT.
+        """
+        sink = pa.BufferOutputStream()
+        fill(sink)
+        data = sink.getvalue()
+        place = sealed(key, zlib.crc32(data))
+        if self.is_local:
+            _put_local(Path(self.base), place, data)
+        else:
+            self._put_object(place, data)
+        return Stored(self, place, data.size, 0)
+
+    def put_bytes(self, key: str, data: bytes) -> Stored:
+        return self.put(key, lambda stream: stream.write(data))
+
+    def read_bytes(self, key: str) -> bytes:
+        with self.open(key) as stream:
+            return bytes(stream.read())
+
+    def remove(self, key: str) -> None:
+        """Remove a file; one that is gone already is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self._path(key))
+
+    def prune(self, folder: str) -> None:
+        """Remove a local folder that is empty, and the day above it; a bucket has no folders."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._path(folder))
+                os.rmdir(self._path(folder.rpartition("/")[0]))
+
+    def _put_object(self, key: str, data: Any) -> None:
+        if data.size > MAX_OBJECT:
+            raise LakeError(f"a shard of {data.size} bytes is too big for a bucket (at most {MAX_OBJECT}): lower capture.shard_rows")
+        with self.fs.open_output_stream(self._path(key)) as stream:
+            stream.write(data)
+
+    def _infos(self, folder: str, recursive: bool) -> list[Any]:
+        found: list[Any] = self.fs.get_file_info(fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True))
+        return found
+
+    def _path(self, key: str) -> str:
+        return f"{self.base}/{key}".rstrip("/")
+
+    def _key(self, path: str) -> str:
+        return path[len(self.base) + 1:]
+
+
+def open_store(root: Root) -> Store:
+    """The store at a local folder (which need not exist) or s3://bucket/prefix. Connects to nothing yet.
+
+    A bucket's credentials, region and endpoint are those of the environment: AWS_ACCESS_KEY_ID and so on, AWS_REGION, and
+    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for S3-compatible storage.
+    """
+    text = os.fspath(root).rstrip("/") or "/"
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        path = str(Path(text).absolute())
+        return Store(path, path, _local(), True)
+    if scheme != "s3" or not rest.partition("/")[0]:
+        raise LakeError(f"a lake is a folder or s3://bucket/prefix, not {text!r}")
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+             "AWS_SESSION_TOKEN")
+    return Store(text, rest, _bucket(tuple((name, os.environ.get(name, "")) for name in names)), False)
+
+
+def open_uri(uri: str) -> Any:
+    """The file that `Stored.uri` named."""
+    folder, _, name = uri.rpartition("/")
+    return open_store(folder).open(name)
+
+
+@functools.cache
+def _local() -> Any:
+    return fs.LocalFileSystem()
+
+
+@functools.lru_cache(maxsize=8)
+def _bucket(environment: tuple[tuple[str, str], ...]) -> Any:
+    found: Mapping[str, str] = {name: value for name, value in environment if value}
+    endpoint = found.get("AWS_ENDPOINT_URL_S3") or found.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = endpoint.rpartition("://")
+    more = {"endpoint_override": host, "scheme": scheme or "https"} if host else {}
+    region = found.get("AWS_REGION") or found.get("AWS_DEFAULT_REGION") or ("us-east-1" if host else None)
+    return fs.S3FileSystem(region=region, connect_timeout=S3_TIMEOUT_S[0], request_timeout=S3_TIMEOUT_S[1],
+                           retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+                           background_writes=False, allow_delayed_open=True, **more)
+
+
+def _put_local(base: Path, key: str, data: Any) -> None:
+    place = base / key
+    _make_folders(base, place.parent)
+    temporary = place.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            left = memoryview(data).cast("B")
+            while left:
+                left = left[os.write(handle, left):]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(place.parent)
+
+
+def _make_folders(base: Path, folder: Path) -> None:
+    """`base` and what lies between it and `folder`, for this user alone."""
+    if folder.is_dir():
+        return
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for path in (base, *reversed([p for p in (folder, *folder.parents) if base in p.parents])):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename last through a power cut; file systems that can't are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is what a crash left of a local `put`."""
+    return re.fullmatch(r"\..*\.tmp", name) is not None
