@@ -17,7 +17,7 @@ import pytest
 from tests.serving import until
 from tide_pipeline.config import StackSettings
 from tide_pipeline.errors import PortInUse, StackError
-from tide_pipeline.serve import keep
+from tide_pipeline.serve import keep, orphan
 from tide_pipeline.serve.front.replicas import write_replicas
 from tide_pipeline.serve.process import choose_ports, die_with_parent, end_group, group_members
 from tide_pipeline.serve.triton import Installation, Ports, find_triton, link_backends, triton_command
@@ -49,6 +49,32 @@ def test_end_group_takes_grandchildren_too() -> None:
     assert group_members(child.pid)
     end_group(child.pid, 0.1)
     assert not group_members(child.pid)
+
+
+def test_a_stub_that_hangs_in_a_call_to_a_dead_server_ends_all_the_same(tmp_path: Path) -> None:
+    """Such a call never returns and keeps Python's lock: no thread of Python's could end the process."""
+    server = tmp_path / "tritonserver"                           # by name the watched one: it starts the stub, and dies at once
+    server.symlink_to("/bin/sh")
+    stub = ("import ctypes, os, sys; from tide_pipeline.serve import orphan; orphan.STUCK_S = orphan.WATCH_S = 0.2; orphan.watch_parent();"
+            "print(os.getpid(), flush=True); ctypes.PyDLL(None).sleep(600)")
+    parent = subprocess.Popen([server, "-c", f'"{sys.executable}" -c "{stub}" & read -r line'], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stderr is not None
+    pid = int(parent.stdout.readline())
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    parent.kill()
+    assert "Timeout" in parent.communicate()[1]
+
+
+def test_shared_memory_of_a_starter_that_is_gone_is_removed() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    gone, mine = (Path("/dev/shm", f"{orphan.SHM_PREFIX}{pid}-test-{os.getpid()}") for pid in (child.pid, os.getpid()))
+    for region in (gone, mine):
+        region.touch()
+    orphan.remove_stale_shared_memory()
+    assert not gone.exists() and mine.exists()
+    mine.unlink()
 
 
 def test_a_child_dies_with_its_parent() -> None:

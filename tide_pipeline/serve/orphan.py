@@ -5,6 +5,7 @@ PR_SET_PDEATHSIG would not do: it follows the thread that forked, and tritonserv
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import threading
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 
 WATCH_S = 0.5
 LAST_ACTS_S = 20.0
-SHM_PREFIX = "tide-"               # of the regions that our tritonservers make
+STUCK_S = 30.0                     # that the watch may be kept from Python's lock
+SHM_PREFIX = "tide-"               # of the regions that our tritonservers make; then the process id of what started the server
 
 _parent = 0                        # 0: nobody watches
 _last_acts: list[Callable[[], object]] = []
@@ -33,18 +35,36 @@ def watch_parent() -> None:
     """From a thread of its own; the parent may have died before this call."""
     global _parent
     _parent = os.getppid()
-    threading.Thread(target=_watch, args=(os.getppid(),), name="tide-parent-watch", daemon=True).start()
+    if _is_triton(_parent):
+        _end_if_stuck(STUCK_S)
+    threading.Thread(target=_watch, args=(_parent,), name="tide-parent-watch", daemon=True).start()
 
 
 def _watch(parent: int) -> None:
     if _is_triton(parent):
         while os.getppid() == parent:
+            _end_if_stuck(STUCK_S)
             time.sleep(WATCH_S)
+    _end_if_stuck(LAST_ACTS_S + STUCK_S)
     acting = threading.Thread(target=_act, name="tide-last-acts", daemon=True)
     acting.start()
     acting.join(LAST_ACTS_S)                   # a thread of ours may hang in a call to the server that is gone
     _remove_shared_memory()
     os._exit(1)
+
+
+def _end_if_stuck(after_s: float) -> None:
+    """A call that was under way when the server died keeps the lock, and this thread with it. faulthandler waits in a thread of C's, tells
+    where every thread stood and ends the process. Each call puts the end off."""
+    faulthandler.dump_traceback_later(after_s, exit=True)
+
+
+def remove_stale_shared_memory() -> None:
+    """Regions of servers whose starter is gone: what a stub leaves that could not end by itself."""
+    for region in Path("/dev/shm").glob(f"{SHM_PREFIX}*"):  # noqa: S108 the place is Triton's choice
+        starter = region.name.removeprefix(SHM_PREFIX).partition("-")[0]
+        if starter.isdigit() and not Path("/proc", starter).exists():
+            region.unlink(missing_ok=True)
 
 
 def _act() -> None:

@@ -18,7 +18,7 @@ import tide_pipeline
 from tide_pipeline.config import TideConfig
 from tide_pipeline.errors import StackError
 from tide_pipeline.serve.client import TritonClient
-from tide_pipeline.serve.orphan import SHM_PREFIX
+from tide_pipeline.serve.orphan import SHM_PREFIX, remove_stale_shared_memory
 from tide_pipeline.serve.process import choose_ports, die_with_parent, end_group
 from tide_pipeline.serve.repository import render_model_repository
 
@@ -139,7 +139,8 @@ class TritonReplica:
                                              config_file=self.config_file.resolve())
         backends = link_backends(triton, state.root / "triton" / "backends")
         self.ports = Ports(*choose_ports(self.config.stack, PORT_SETTINGS))
-        self._shm_prefix = f"{SHM_PREFIX}{secrets.token_hex(4)}-"
+        remove_stale_shared_memory()
+        self._shm_prefix = f"{SHM_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = triton_command(triton, repository=repository, backends=backends, model=self.config.target, host=self.config.stack.host,
                                  ports=self.ports, shm_prefix=self._shm_prefix, admin_secret=secrets.token_hex(16))
