@@ -14,7 +14,7 @@ help:
 	@echo "make test      install into $(VENV), then lint, types and all tests, the end-to-end test included"
 	@echo "make unit      fast tests only"
 	@echo "make gpu       tests that need a GPU"
-	@echo "make bench-quick   run each benchmark of the engine for a few seconds: that it works, not how fast it is"
+	@echo "make bench-quick   run each benchmark for a few seconds: that it works, not how fast it is"
 	@echo "make clean     stop a stack that is still up, remove $(VENV) and the state in .tide/"
 
 install: $(VENV)/.installed
@@ -50,7 +50,7 @@ gpu: install
 	$(BIN)/pytest -m gpu
 
 bench-quick: install
-	@for script in decode adaptive capture_cost swaps; do \
+	@for script in decode adaptive stop_rules capture_cost swaps soak gpu_engine; do \
 		echo "benchmarks/$$script.py --quick"; \
 		$(BIN)/python benchmarks/$$script.py --quick > /dev/null || exit 1; \
 	done

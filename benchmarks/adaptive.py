@@ -58,8 +58,8 @@ class Plan:
 class Cell:
     """One batch size and one kind of draft."""
 
-    def __init__(self, batch: int, draft: str, engines: Mapping[str, EmbeddedEngine]) -> None:
-        self.batch, self.draft, self.engines = batch, draft, engines
+    def __init__(self, batch: int, draft: str, engines: Mapping[str, EmbeddedEngine], temperature: float) -> None:
+        self.batch, self.draft, self.engines, self.temperature = batch, draft, engines, temperature
         self.tokens = TRIAL_TOKENS                 # per request and block
         self._running: dict[str, Population] = {}
         self._goal = 0                             # of the block that comes next
@@ -86,7 +86,8 @@ class Cell:
         stays = max(1, POPULATION_TOKENS // (self.tokens + 1))
         if round_ % stays == 0:
             self._leave(length)
-            asked = [ask(prompt, ROOM_TOKENS, length, self.draft) for prompt in pick(prompts, self.batch, round_ // stays)]
+            asked = [ask(prompt, ROOM_TOKENS, length, self.draft, self.temperature)
+                     for prompt in pick(prompts, self.batch, round_ // stays)]
             self._running[length] = Population(self.engines[length], asked)
         self.engines[length].step()
         self._goal = a_block * (round_ % stays + 1)
@@ -135,6 +136,7 @@ def main() -> None:
     options.add_argument("--known", default="en", help="domain of the fresh and the useless draft's prompts")
     options.add_argument("--unseen", default="de", help="domain of the stale draft's prompts")
     options.add_argument("--cell-seconds", type=float, default=20.0, help="of a cell; blocks are sized to fit")
+    options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     options.add_argument("--choose-rounds", type=int, default=15)
     options.add_argument("--score-rounds", type=int, default=30)
     args = options.parse_args()
@@ -145,11 +147,11 @@ def main() -> None:
     with drafts_of(args.engine_dir) as drafts, ExitStack() as stack:
         engines = {length: stack.enter_context(engine_of(args.engine_dir, builds_of(drafts), largest, profile=length == AUTO))
                    for length in (AUTO, *FIXED)}
-        result |= {"engine": engines[AUTO].digest, "known": args.known, "unseen": args.unseen,
+        result |= {"engine": engines[AUTO].digest, "known": args.known, "unseen": args.unseen, "temperature": args.temperature,
                    "step_ms_at_start": engines[AUTO].stats().step_ms, "cells": []}
         for batch, draft in cells:
             prompts = prompts_of(args.engine_dir, args.unseen if draft == "stale" else args.known, PROMPT_CHARS)
-            result["cells"].append(measure(Cell(batch, draft, engines), plan, prompts))
+            result["cells"].append(measure(Cell(batch, draft, engines, args.temperature), plan, prompts))
             print(f"batch {batch}, {draft} draft: done", file=sys.stderr, flush=True)
         result["step_ms_at_end"] = engines[AUTO].stats().step_ms
     finish(result, args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,9 +94,10 @@ def pick(prompts: Sequence[str], count: int, round_: int) -> list[str]:
     return [prompts[(round_ * count + i) % len(prompts)] for i in range(count)]
 
 
-def ask(prompt: str, tokens: int, speculation: str, workload: str = "default") -> GenerationRequest:
-    """Greedy, to exactly `tokens` tokens."""
-    return GenerationRequest(f"bench-{next(_numbers)}", prompt, SamplingParams(max_tokens=tokens, ignore_eos=True), speculation, workload)
+def ask(prompt: str, tokens: int, speculation: str, workload: str = "default", temperature: float = 0.0) -> GenerationRequest:
+    """To exactly `tokens` tokens; a sampled answer is the same for the same prompt."""
+    how = SamplingParams(max_tokens=tokens, temperature=temperature, seed=zlib.crc32(prompt.encode()), ignore_eos=True)
+    return GenerationRequest(f"bench-{next(_numbers)}", prompt, how, speculation, workload)
 
 
 def serve(engine: EmbeddedEngine, requests: Sequence[GenerationRequest]) -> list[list[int]]:

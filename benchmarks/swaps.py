@@ -14,6 +14,7 @@ import argparse
 import gc
 import queue
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,15 +35,15 @@ WARM_UP_ROUNDS = 3                 # memory is counted from here: caches and all
 
 
 class Heard:
-    """What the clients of one block heard. Called from the engine's thread."""
+    """What the clients of one block heard. Called from the engine's thread. Kept small: memory is one of the things measured."""
 
     def __init__(self, requests: Sequence[GenerationRequest]) -> None:
-        self.tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-        self.gaps_ms: list[float] = []
+        self.tokens = {request.request_id: array("i") for request in requests}
+        self.gaps_ms = array("f")
         self.failed: list[str] = []
         self.versions: set[str] = set()
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.cpu: list[float] = []
+        self.cpu: tuple[float, float] | None = None            # at the first and the newest chunk
         self.last_at = 0.0
         self._last: dict[str, float] = {}
 
@@ -51,8 +52,9 @@ class Heard:
         if chunk.request_id in self._last:
             self.gaps_ms.append((now - self._last[chunk.request_id]) * 1e3)
         self._last[chunk.request_id] = now
-        self.tokens[chunk.request_id] += chunk.token_ids
-        self.cpu.append(time.thread_time())
+        self.tokens[chunk.request_id].extend(chunk.token_ids)
+        cpu = time.thread_time()
+        self.cpu = (self.cpu[0] if self.cpu else cpu), cpu
         self.versions.add(chunk.draft_version)
         if chunk.finish_reason is not None:
             if chunk.finish_reason is not FinishReason.LENGTH:
@@ -95,7 +97,8 @@ class Load:
                 swap_s.append(self._swap())
         wall_s = heard.last_at - began                  # not when the last swap was done
         units = sum(len(tokens) for tokens in heard.tokens.values())
-        return Run(Block(wall_s, heard.cpu[-1] - heard.cpu[0], units), heard, tuple(swap_s))
+        assert heard.cpu is not None
+        return Run(Block(wall_s, heard.cpu[1] - heard.cpu[0], units), heard, tuple(swap_s))
 
     def _swap(self) -> float:
         began = time.perf_counter()

@@ -158,9 +158,9 @@ def write_tiny_build(folder: Path, target: Target, draft: Eagle3Draft | None = N
 
 def tiny_engine(target_dir: Path, *, spec: EngineSpec | None = None, drafts: Mapping[str, EngineBuild] | EngineBuild | None = None,
                 sink: Sink | None = None, max_batch: int = 4, queue_size: int = 64, prefill_chunk: int = 16,
-                speculation: SpeculationSettings | None = None) -> EmbeddedEngine:
+                speculation: SpeculationSettings | None = None, device: str = "cpu") -> EmbeddedEngine:
     """An engine that is not started: call `step()`, or `drain` below. A single build serves every workload."""
-    serve = ServeSettings(max_batch=max_batch, queue_size=queue_size, prefill_chunk=prefill_chunk)
+    serve = ServeSettings(device, max_batch=max_batch, queue_size=queue_size, prefill_chunk=prefill_chunk)
     engine = EmbeddedEngine(target_dir, spec or tiny_spec(), serve, speculation or SpeculationSettings(), sink)
     if drafts is not None:
         engine.set_drafts({"*": drafts} if isinstance(drafts, EngineBuild) else drafts)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.helpers import ask, tiny_spec, write_tiny_build, write_tiny_target
+from tests.helpers import ask, generate, tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
-from tide_pipeline.contracts import Deployment, EngineBuild
+from tide_pipeline.contracts import Deployment, EngineBuild, GenerationRequest
 from tide_pipeline.deployment.builds import save_build
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import freeze
 from tide_pipeline.serve.client import TritonClient
@@ -76,3 +81,30 @@ def cancel_while_it_streams(client: TritonClient) -> None:
         client.cancel("slow")
         with pytest.raises(Exception, match="cancelled"):
             list(told)
+
+
+def plain_text(place: Place, request: GenerationRequest) -> str:
+    """The same request in process, without Triton and without speculation."""
+    engine = EmbeddedEngine(place.config.engine_dir / "target", place.spec, place.config.serve, place.config.speculation)
+    return generate(engine, request)[0].text
+
+
+def poison(build: EngineBuild) -> None:
+    """NaN in the draft's weights, digests in order: it looks like a build that was made so."""
+    folder = Path(build.path) / "draft"
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    save_build(replace(build, draft_digest=digest_draft(folder)))
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    gives_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < gives_up, "it never came true"
+        time.sleep(0.05)
+
+
+def value(metrics: dict[str, float], name: str, having: str = "") -> float:
+    """The sum of a metric's series."""
+    return sum(number for series, number in metrics.items() if series.startswith(name + "{") and having in series)

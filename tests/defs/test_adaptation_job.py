@@ -103,7 +103,7 @@ def test_a_refused_draft_is_not_rolled_out(config: TideConfig, instance: dg.Dags
     refused = job().execute_in_process(asset_selection=gate, run_id=root, raise_on_error=False)
     assert not refused.success
     (checked,) = refused.get_asset_check_evaluations()
-    assert not checked.passed and "its lower end is below 9.00" in (checked.description or "")
+    assert not checked.passed and "the gain is below 9.00" in (checked.description or "")
     assert [event.asset_key.to_user_string() for event in refused.get_asset_materialization_events()] == ["benchmark_report"]
     assert DeploymentRecord(config.state.deployments, config.target).latest() == before
 

@@ -6,30 +6,32 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import ask, generate
-from tests.serving import Place, cancel_while_it_streams, write_place
+from tests.helpers import ask
+from tests.serving import Place, cancel_while_it_streams, plain_text, until, value, write_place
 from tide_pipeline.contracts import GenerationRequest
 from tide_pipeline.deployment.record import read_observed
-from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.errors import InvalidRequest, QueueFull
 from tide_pipeline.recipes import freeze
 from tide_pipeline.serve.client import GenerationResult, TritonClient
 from tide_pipeline.serve.process import group_members
 from tide_pipeline.serve.triton import TritonReplica
 
+METRICS_DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 SERVE = {"serve": {"max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2}}
 
 
@@ -54,22 +56,10 @@ def post(client: TritonClient, body: Any, endpoint: str = "generate", path: str 
     """As any client would: raw JSON in, status and JSON out."""
     connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=20)
     with contextlib.closing(connection):
-        connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", body if isinstance(body, str) else json.dumps(body))
+        data = body if isinstance(body, str | bytes) else json.dumps(body)
+        connection.request("POST", path or f"/v2/models/{client.model}/{endpoint}", data)
         response = connection.getresponse()
         return response.status, json.loads(response.read().decode().removeprefix("data:") or "{}")
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    gives_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < gives_up, "it never came true"
-        time.sleep(0.05)
-
-
-def plain_text(place: Place, request: GenerationRequest) -> str:
-    """The same request in process, without Triton and without speculation."""
-    engine = EmbeddedEngine(place.config.engine_dir / "target", place.spec, place.config.serve, place.config.speculation)
-    return generate(engine, request)[0].text
 
 
 def test_ready_and_generating_without_a_record(place: Place, client: TritonClient) -> None:
@@ -104,11 +94,12 @@ def test_stream_sends_steps_and_ends_with_the_totals(client: TritonClient) -> No
     ({"text_input": "hello", "sampling_param_max_token": 3}, "did you mean 'sampling_param_max_tokens'"),
     ({"text_input": ""}, "text_input is empty"), ({"text_input": ["a", "b"]}, "text_input must hold one element"),
     ({"text_input": "x" * 600}, "exceed this engine's context"), ({"text_input": "x", "speculation": "often"}, "speculation must be"),
+    (b'{"text_input": "a\xff"}', "text_input is not valid UTF-8"),
     ({"text_input": "x", "sampling_param_max_tokens": 0}, "max_tokens must be at least 1"),
     ({"text_input": "x", "sampling_param_temperature": -1}, "temperature must be"), ({"text_input": "x", "deadline_s": 0}, "deadline"),
     ({"text_input": "x", "request_id": "gone", "stop": True}, "no request 'gone' is running")])
 @pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
-def test_bad_requests_are_400(client: TritonClient, body: dict[str, Any], says: str, endpoint: str) -> None:
+def test_bad_requests_are_400(client: TritonClient, body: Any, says: str, endpoint: str) -> None:
     status, outputs = post(client, body, endpoint)
     assert status == 400 and says in outputs["error"]
 
@@ -151,6 +142,22 @@ def test_a_client_that_disconnects_frees_its_slot(client: TritonClient) -> None:
     assert client.generate(ask("leaver", "hello", max_tokens=2)).num_output_tokens == 2       # its id is free again
 
 
+def test_clients_that_leave_without_streaming_free_their_slots_by_their_deadline(client: TritonClient) -> None:
+    """No front before it. More of them than there are slots; whoever asks next is served."""
+    time.sleep(1.2)
+    before = client.metrics()
+    for i in range(12):
+        connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=20)
+        connection.request("POST", f"/v2/models/{client.model}/generate", json.dumps({
+            "text_input": "hello", "request_id": f"away-{i}", "sampling_param_max_tokens": 480, "sampling_param_ignore_eos": True,
+            "deadline_s": 0.5}))
+        time.sleep(0.01)
+        connection.close()
+    assert client.generate(ask("next", "hello", max_tokens=3)).num_output_tokens == 3
+    ended = "tide_requests_finished_total"
+    until(lambda: value(client.metrics(), ended) == value(before, ended) + 13 and not value(client.metrics(), "tide_kv_tokens_used"), 20)
+
+
 def test_a_running_request_is_cancelled_by_its_id(client: TritonClient) -> None:
     cancel_while_it_streams(client)
     with pytest.raises(InvalidRequest):
@@ -160,10 +167,6 @@ def test_a_running_request_is_cancelled_by_its_id(client: TritonClient) -> None:
 def test_a_deadline_ends_the_request_with_what_there_is(client: TritonClient) -> None:
     result = client.generate(ask("late", "hello world", max_tokens=490, ignore_eos=True, deadline_s=0.05))
     assert result.finish_reason == "deadline" and result.num_output_tokens < 490
-
-
-def value(metrics: dict[str, float], name: str, having: str = "") -> float:
-    return sum(number for series, number in metrics.items() if series.startswith(name + "{") and having in series)
 
 
 def test_drafts_change_under_load_without_a_failed_request(place: Place, client: TritonClient) -> None:
@@ -211,6 +214,52 @@ def check_swap(place: Place, client: TritonClient, results: list[GenerationResul
                  "tide_dropped_tokens_total", "tide_sink_errors_total", "tide_draft_agent_error"):
         assert any(series.startswith(name) for series in metrics), name
     assert value(metrics, "tide_deployment") == 2
+
+
+def test_the_document_lists_what_is_published(client: TritonClient) -> None:
+    """Name by name: kind, labels. A histogram is three families."""
+    with urllib.request.urlopen(client.metrics_url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    kinds = [line.split()[2:] for line in lines if line.startswith("# TYPE tide_")]
+    published: dict[str, tuple[str, set[str]]] = {name: (kind, set()) for name, kind in kinds}
+    for line in lines:
+        if line.startswith("tide_"):
+            published[line.partition("{")[0]][1].update(re.findall(r'(\w+)="', line))
+    documented: dict[str, tuple[str, set[str]]] = {}
+    for name, kind, labels in re.findall(r"^\| `(tide_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\|", METRICS_DOC.read_text(), re.M):
+        expected = {"target", "replica", *re.findall(r"`(\w+)`", labels)}
+        if kind == "histogram":
+            documented |= {f"{name}_bucket": ("counter", expected | {"le"}), f"{name}_sum": ("counter", expected),
+                           f"{name}_count": ("counter", expected)}
+        else:
+            documented[name] = ("counter" if kind == "counter" else "gauge", expected)
+    assert published == documented
+
+
+def test_waits_and_ends_are_published(client: TritonClient) -> None:
+    """One request that is answered and one that is cancelled, in the histograms and by reason."""
+    time.sleep(1.2)
+    before = client.metrics()
+    client.generate(ask("counted", "hello world", max_tokens=9, ignore_eos=True))
+    with client.stream(ask("uncounted", "hello world", max_tokens=480, ignore_eos=True)) as pieces:
+        next(iter(pieces))
+    ended = "tide_requests_ended_total"
+    until(lambda: value(client.metrics(), ended, "cancelled") == value(before, ended, "cancelled") + 1)
+    grown = {name: value(client.metrics(), name) - value(before, name) for name in
+             ("tide_ttft_seconds_count", "tide_queue_seconds_count", "tide_inter_token_seconds_count", "tide_response_delay_seconds_count")}
+    assert value(client.metrics(), ended, "length") == value(before, ended, "length") + 1
+    assert (grown["tide_ttft_seconds_count"], grown["tide_queue_seconds_count"]) == (2, 2)
+    assert grown["tide_inter_token_seconds_count"] >= 8 and grown["tide_response_delay_seconds_count"] >= 3
+    assert value(client.metrics(), "tide_ttft_seconds_bucket", 'le="+Inf"') == value(client.metrics(), "tide_ttft_seconds_count")
+    assert 0 < value(client.metrics(), "tide_position_acceptance_rate", 'position="1"') <= 1
+
+
+def test_what_a_request_waited_before_triton_counts(client: TritonClient) -> None:
+    """As the front stamps it."""
+    time.sleep(1.2)
+    before = value(client.metrics(), "tide_ttft_seconds_sum")
+    assert post(client, {"text_input": "hello", "tide_received_at": f"{time.time() - 100:.6f}"})[0] == 200
+    until(lambda: value(client.metrics(), "tide_ttft_seconds_sum") >= before + 100)
 
 
 def test_nothing_of_a_prompt_is_logged(replica: TritonReplica, client: TritonClient) -> None:

@@ -30,9 +30,11 @@ from tests.helpers import (
     write_tiny_build,
     write_tiny_target,
 )
+from tide_pipeline.config import EngineSpec
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, StepKind
 from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine.stopping import Worth
 from tide_pipeline.models.target import Target
 
 LETTERS = "abcdefgh"                     # of prompts
@@ -92,10 +94,11 @@ def schedules(draw: st.DrawFn) -> list[tuple[str, object]]:
 
 
 @settings(max_examples=max(40, settings().max_examples - 100))     # 300 with the explore profile
-@given(schedule=schedules(), max_batch=st.integers(1, 4), chunk=st.sampled_from([3, 7, 64]), catch_up=st.sampled_from([2, 256]))
+@given(schedule=schedules(), max_batch=st.integers(1, 4), chunk=st.sampled_from([3, 7, 64]), catch_up=st.sampled_from([2, 5, 256]))
 def test_any_schedule_is_exact(world: World, schedule: list[tuple[str, object]], max_batch: int, chunk: int, catch_up: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tide_pipeline.engine.step.CATCH_UP_LIMIT", catch_up)
+        patch.setattr("tide_pipeline.engine.embedded.BUFFER_ROWS", catch_up)
+        patch.setattr(SpeculationController, "can_pay", lambda control, ms: catch_up == 5)     # full buffers: fed at 5, given up at 2
         _play(world, schedule, max_batch, chunk, patch)
 
 
@@ -123,11 +126,14 @@ def _play(world: World, schedule: list[tuple[str, object]], max_batch: int, chun
     _judge(world.target, engine, sink, asked)
 
 
-def forced(depth: int) -> Callable[[SpeculationController, Sequence[Slot], float], Plan]:
-    """A plan of the test's own: up to `depth`, and other lengths for neighbouring requests."""
-    def plan(control: SpeculationController, slots: Sequence[Slot], catch_up_ms: float) -> Plan:
+def forced(depth: int) -> Callable[..., Plan]:
+    """A plan of the test's own: up to `depth`, other lengths for neighbouring requests, and greedy ones by confidence at odd depths."""
+    def plan(control: SpeculationController, slots: Sequence[Slot], context: int) -> Plan:
         wanted = [max(depth - i % 3, min(depth, 1)) if slot.fixed is None else slot.fixed for i, slot in enumerate(slots)]
-        return Plan([0 if slot.survival is None else min(slot.cap, k) for slot, k in zip(slots, wanted, strict=True)])
+        lengths = [0 if slot.survival is None else min(slot.cap, k) for slot, k in zip(slots, wanted, strict=True)]
+        limits = [min(slot.cap, MAX_DEPTH) if k and depth % 2 and slot.fixed is None and slot.is_greedy else 0
+                  for slot, k in zip(slots, lengths, strict=True)]
+        return Plan(lengths, limits=limits, worth=Worth(0.2 * depth, (0.1,) * MAX_DEPTH))
     return plan
 
 
@@ -235,25 +241,45 @@ def _drafted_by_position(sink: RecordingSink, request_id: str) -> dict[int, tupl
     return {event.start_pos: event.drafted for event in sink.requests[request_id].events if event.drafted}
 
 
-@pytest.mark.parametrize("off_for", [3, 40])
-def test_after_a_pause_it_drafts_as_if_it_had_never_paused(world: World, monkeypatch: pytest.MonkeyPatch, off_for: int) -> None:
-    """Draft length 0 leaves no stale KV: buffered states catch up in one pass, in a batch and beyond the limit of buffering."""
+def _drafts_with_and_without_a_pause(target_dir: Path, spec: EngineSpec, build: EngineBuild, off_for: int, tokens: int,
+                                     patch: pytest.MonkeyPatch) -> list[list[dict[int, tuple[int, ...]]]]:
     seen = []
     for pause in (0, off_for):
         sink = RecordingSink()
-        engine = tiny_engine(world.folder, spec=world.target.spec, drafts=world.builds[0], sink=sink)
+        engine = tiny_engine(target_dir, spec=spec, drafts=build, sink=sink)
         for i, prompt in enumerate(("abcd", "hgfedcba")):
-            submit(engine, ask(f"r{i}", prompt, max_tokens=60, ignore_eos=True))
-        monkeypatch.setattr(SpeculationController, "plan", forced(0))
+            submit(engine, ask(f"r{i}", prompt, max_tokens=tokens, ignore_eos=True))
+        patch.setattr(SpeculationController, "plan", forced(0))
         for _ in range(pause):
             engine.step()
-        monkeypatch.setattr(SpeculationController, "plan", forced(1))
+        patch.setattr(SpeculationController, "plan", forced(2))
         drain(engine)
         seen.append([_drafted_by_position(sink, f"r{i}") for i in range(2)])
-    for always, paused in zip(*seen, strict=True):
-        shared = always.keys() & paused.keys()
-        assert paused and min(paused) >= off_for and len(shared) >= 3
-        assert [paused[at] for at in sorted(shared)] == [always[at] for at in sorted(shared)]
+    return seen
+
+
+def _assert_as_if_never_off(always: dict[int, tuple[int, ...]], paused: dict[int, tuple[int, ...]], off_for: int) -> None:
+    shared = always.keys() & paused.keys()
+    assert paused and min(paused) >= off_for and len(shared) >= 3
+    for at in shared:
+        n = min(len(always[at]), len(paused[at]))                # lengths follow the slots, which the two may hold in another order
+        assert paused[at][:n] == always[at][:n]
+
+
+@pytest.mark.parametrize("off_for", [3, 40])
+def test_after_a_pause_it_drafts_as_if_it_had_never_paused(world: World, monkeypatch: pytest.MonkeyPatch, off_for: int) -> None:
+    """Draft length 0 leaves no stale KV: buffered states catch up in one pass."""
+    for always, paused in zip(*_drafts_with_and_without_a_pause(world.folder, world.target.spec, world.builds[0], off_for, 60, monkeypatch),
+                              strict=True):
+        _assert_as_if_never_off(always, paused, off_for)
+
+
+def test_off_for_200_tokens_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_spec(max_context=300, max_draft_length=MAX_DEPTH)
+    target = Target(write_tiny_target(tmp_path / "target", vocab=27, layers=3, max_positions=320), spec)
+    build = write_tiny_build(tmp_path / "build", target)
+    for always, paused in zip(*_drafts_with_and_without_a_pause(tmp_path / "target", spec, build, 200, 280, monkeypatch), strict=True):
+        _assert_as_if_never_off(always, paused, 200)
 
 
 def test_a_swap_leaves_requests_in_flight_on_their_draft(world: World) -> None:

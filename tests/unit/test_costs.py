@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tide_pipeline.engine.costs import StepCosts, interpolate
+from tide_pipeline.engine.profile import monotone
 
 
 def _costs() -> StepCosts:
     costs = StepCosts()
-    costs.profile({(1, d): 1.0 * d for d in range(1, 6)} | {(4, d): 2.0 * d for d in range(1, 6)},
-                  {(b, b * w): 8.0 + b * w for b in (1, 4) for w in range(1, 7)})
+    costs.profile({(m, d, c): (1.0 if m == 1 else 2.0) * d * c / 64 for m in (1, 4) for d in range(1, 6) for c in (64, 512)},
+                  {(b, b * w, c): 8.0 + b * w + b * (c - 64) / 64 for b in (1, 4) for w in range(1, 7) for c in (64, 512)})
     return costs
 
 
@@ -24,6 +25,28 @@ def test_costs_of_cells_that_were_never_measured() -> None:
     costs = _costs()
     assert costs.verify_ms(4, 10) == pytest.approx(18.0) and costs.verify_ms(2, 5) == pytest.approx(13.0)
     assert costs.draft_ms(2, 3) == pytest.approx(4.0) and costs.draft_ms(8, 0) == 0.0
+
+
+def test_a_profiled_cell_that_a_larger_one_beats_was_disturbed() -> None:
+    cells = {(1, 1, 64): 7.6, (1, 2, 64): 6.7, (1, 3, 64): 7.0, (2, 2, 64): 6.9, (1, 1, 512): 6.5, (1, 2, 512): 9.0}
+    assert monotone(cells) == {(1, 1, 64): 6.5, (1, 2, 64): 6.7, (1, 3, 64): 7.0, (2, 2, 64): 6.9, (1, 1, 512): 6.5, (1, 2, 512): 9.0}
+
+
+def test_a_longer_context_costs_more() -> None:
+    """In a straight line between two contexts and beyond them, told apart by 32 positions."""
+    costs = _costs()
+    assert costs.verify_ms(4, 8, 64) == costs.verify_ms(4, 8) == pytest.approx(16.0)
+    assert costs.verify_ms(4, 8, 256) == costs.verify_ms(4, 8, 270) == pytest.approx(28.0)
+    assert costs.draft_ms(1, 2, 512) == pytest.approx(16.0) and costs.verify_ms(1, 1, 1024) == pytest.approx(24.0)
+
+
+def test_what_a_long_context_teaches_is_not_told_to_a_short_one() -> None:
+    costs = _costs()
+    for _ in range(4_000):
+        costs.observe(1, 1, 9.0, 1, 0, 0.0, 40)
+        costs.observe(1, 4, 32.0, 1, 3, 24.0, 512)                    # verification was profiled as 19
+    assert costs.verify_ms(1, 4, 512) / costs.verify_ms(1, 1, 40) > 1.2 * 19 / 9
+    assert costs.verify_ms(1, 4, 40) == pytest.approx(12.0)
 
 
 def test_a_busy_machine_is_load_and_no_cell_moves_against_another() -> None:

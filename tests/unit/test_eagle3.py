@@ -138,29 +138,30 @@ def test_a_full_vocabulary_in_another_order_is_still_mapped(tiny_target: Target)
 # --- the runner --------------------------------------------------------------------------------------------------
 
 def test_extend_in_one_pass_equals_row_by_row(tiny_target: Target) -> None:
+    """Slots with 12, no and 5 rows, side by side."""
     runner = DraftRunner(random_draft(tiny_target), tiny_target.embedding_VD)
-    ids = torch.randint(0, 257, (2, 13), generator=torch.Generator().manual_seed(5))
-    taps = torch.stack([plain_pass(tiny_target, row.tolist())[0] for row in ids])[:, :-1]
-    at = torch.arange(12).expand(2, -1)
-    at_once = runner.extend(taps, ids[:, 1:], at, runner.new_cache(2, 20))
-    cache = runner.new_cache(2, 20)
-    row_by_row = torch.cat([runner.extend(taps[:, t : t + 1], ids[:, t + 1 : t + 2], at[:, t : t + 1], cache) for t in range(12)], dim=1)
-    torch.testing.assert_close(at_once, row_by_row, rtol=1e-4, atol=1e-5)
-    alone = runner.extend(taps[1:], ids[1:, 1:], at[1:], runner.new_cache(3, 20), first_slot=2)
-    torch.testing.assert_close(at_once[1:], alone, rtol=1e-4, atol=1e-5)
+    ids = torch.randint(0, 257, (3, 13), generator=torch.Generator().manual_seed(5))
+    taps, widths = [plain_pass(tiny_target, row.tolist())[0] for row in ids], [12, 0, 5]
+    at_once = runner.extend(torch.cat([t[:w] for t, w in zip(taps, widths, strict=True)]),
+                            torch.cat([row[1 : w + 1] for row, w in zip(ids, widths, strict=True)]),
+                            torch.cat([torch.arange(w) for w in widths]), widths, runner.new_cache(3, 20))
+    cache = runner.new_cache(3, 20)
+    row_by_row = [runner.extend(taps[b][t : t + 1], ids[b][t + 1 : t + 2], torch.tensor([t]), [1], cache, first_slot=b)
+                  for b, w in enumerate(widths) for t in range(w)]
+    torch.testing.assert_close(at_once, torch.cat(row_by_row), rtol=1e-4, atol=1e-5)
 
 
 def test_drafted_rows_are_overwritten_by_true_ones(tiny_target: Target) -> None:
     """After a verification the draft's KV holds the target's states, as if it had never drafted."""
     runner = DraftRunner(random_draft(tiny_target), tiny_target.embedding_VD)
-    ids = torch.randint(0, 257, (1, 11), generator=torch.Generator().manual_seed(6))
-    taps, at = plain_pass(tiny_target, ids[0].tolist())[0][:-1].unsqueeze(0), torch.arange(10).unsqueeze(0)
-    want = runner.extend(taps, ids[:, 1:], at, runner.new_cache(1, 16))
+    ids = torch.randint(0, 257, (11,), generator=torch.Generator().manual_seed(6))
+    taps, at = plain_pass(tiny_target, ids.tolist())[0][:-1], torch.arange(10)
+    want = runner.extend(taps, ids[1:], at, [10], runner.new_cache(1, 16))
     cache = runner.new_cache(1, 16)
-    state = runner.extend(taps[:, :6], ids[:, 1:7], at[:, :6], cache)[:, -1]
+    state = runner.extend(taps[:6], ids[1:7], at[:6], [6], cache)[-1:]
     for j in range(3):
         state = runner.step(state, torch.tensor([77 + j]), torch.tensor([6 + j]), cache)
-    torch.testing.assert_close(runner.extend(taps[:, 6:], ids[:, 7:], at[:, 6:], cache), want[:, 6:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runner.extend(taps[6:], ids[7:], at[6:], [4], cache), want[6:], rtol=1e-4, atol=1e-5)
 
 
 def test_one_drafted_step_equals_the_formula(tiny_target: Target) -> None:

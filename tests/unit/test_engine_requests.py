@@ -271,8 +271,10 @@ def test_a_fixed_length_may_pass_the_controllers_own_limit(tiny_dir: Path, tiny_
 
 def test_profile_measures_every_depth_and_width(engine: EmbeddedEngine) -> None:
     engine.profile()
-    assert set(engine.stats().step_ms) == {f"m{b}k{k}" for b in (1, 2, 4) for k in range(1, 5)} | {
-        f"b{b}n{b * w}" for b in (1, 2, 4) for w in range(1, 6)}
+    longest = engine.positions - 4 - 3
+    assert longest > 64 and set(engine.stats().step_ms) == {
+        name for b in (1, 2, 4) for c in (64, longest)
+        for name in [f"m{b}k{k}c{c}" for k in range(1, 5)] + [f"b{b}n{b * w}c{c}" for w in range(1, 6)]}
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def slow_walk(draft: Eagle3Draft, target: Target, w: WindowStates, draft_length:
     anchor, steps, by_position = w.window.num_prompt_tokens - 1 - w.window.start_pos, 0, [0] * draft_length
     while anchor + 1 + draft_length < len(x):
         cache = runner.new_cache(1, 128)
-        state = runner.extend(taps[None, : anchor + 1], x[None, 1 : anchor + 2], torch.arange(anchor + 1)[None], cache)[:, -1]
+        state = runner.extend(taps[: anchor + 1], x[1 : anchor + 2], torch.arange(anchor + 1), [anchor + 1], cache)[-1:]
         drafted: list[int] = []
         for i in range(draft_length):
             if i:
@@ -144,8 +144,8 @@ def test_the_interval_covers_the_truth_at_its_rate() -> None:
 
 
 def test_held_out_states_come_from_the_lake(config: TideConfig, target: Target) -> None:
-    config = override(config, {"training": {"eval_share": 0.3}})
+    config = override(config, {"training": {"eval_share": 0.3}, "gate": {"windows": 3}})
     to_lake(config, captured(target, "py", 20) + captured(target, "de", 20, seed=1))
-    head, states = held_out_states(config, "de", per_workload=3)
+    head, states = held_out_states(config, "de")
     assert head.digest == target.digest
     assert sorted({s.window.workload for s in states}) == ["de", "py"] and len(states) == 6

@@ -9,6 +9,7 @@ Two chi-square tests through the real engine on a vocabulary of six:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ from tests.helpers import (
     write_tiny_build,
     write_tiny_target,
 )
-from tide_pipeline.contracts import EngineBuild, SamplingParams
+from tide_pipeline.contracts import EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine import step
+from tide_pipeline.engine.control import Plan
+from tide_pipeline.engine.drafts import Proposal, ResidentDraft, Round
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
 from tide_pipeline.models.target import Target
@@ -140,13 +143,21 @@ def _engine(small: tuple[Path, Target, EngineBuild], max_batch: int = 16) -> Emb
     return tiny_engine(folder, spec=target.spec, drafts=build, max_batch=max_batch, queue_size=10_000)
 
 
-def _along_the_way(small: tuple[Path, Target, EngineBuild], length: int, how: dict) -> tuple[float, float]:
+def _make_drafting_cheap(engine: EmbeddedEngine) -> None:
+    """Costs of a machine on which the controller drafts, of some requests more than of others."""
+    engine.control.costs.profile({(m, d, 64): 0.2 * d for m in (1, 16) for d in range(1, 5)},
+                                 {(b, b * w, 64): 4.0 + 0.08 * b * w for b in (1, 16) for w in range(1, 6)})
+
+
+def _along_the_way(small: tuple[Path, Target, EngineBuild], length: int | str, how: dict,
+                   company: Sequence[GenerationRequest] = ()) -> tuple[float, float]:
     """p-value of the counts of each token, and the share of accepted draft tokens."""
     answers, tokens = 12, 110
     engine = _engine(small)
+    _make_drafting_cheap(engine)
     prompt = engine.codec.encode(PROMPT)
-    heard = generate(engine, *[ask(f"{length}-{i}", PROMPT, speculation=str(length), max_tokens=tokens, seed=1_000 * length + i, **how)
-                               for i in range(answers)])
+    heard = generate(engine, *company, *[ask(f"{length}-{i}", PROMPT, speculation=str(length), max_tokens=tokens, seed=4_000 + i, **how)
+                                         for i in range(answers)])[len(company):]
     difference, covariance = torch.zeros(V, dtype=torch.float64), torch.zeros(V, V, dtype=torch.float64)
     for answer in heard:
         assert len(answer.tokens) == tokens
@@ -213,6 +224,36 @@ def test_a_wrong_rule_fails_both_tests(small: tuple[Path, Target, EngineBuild], 
     monkeypatch.setattr(step, "accept_sampled", rule)
     assert _joint(small, 2, HOW["temperature"]) < 1e-6
     assert _along_the_way(small, 3, HOW["temperature"])[0] < 1e-6
+
+
+# --- stopping by confidence ---------------------------------------------------------------------------------------
+
+def _company(count: int) -> list[GenerationRequest]:
+    return [ask(f"greedy-{i}", PROMPT + "a" * i, max_tokens=100, ignore_eos=True) for i in range(count)]
+
+
+def test_a_step_that_stops_by_confidence_leaves_sampling_exact(small: tuple[Path, Target, EngineBuild]) -> None:
+    """Sampled requests beside greedy ones, whose confidence decides how deep all are drafted."""
+    p, accepted = _along_the_way(small, "auto", HOW["temperature"], _company(4))
+    assert p > 1e-4 and 0.1 < accepted < 0.95
+
+
+PROPOSE = ResidentDraft.propose
+
+
+def _by_the_drawn_token(draft: ResidentDraft, plan: Plan) -> Round:
+    """Wrong: a token that turned out to be a likely one ends the draft."""
+    drafted = PROPOSE(draft, plan)
+    for slot, proposal in drafted.proposals.items():
+        if (q := proposal.q_KV) is not None:
+            kept = next((i for i, token in enumerate(proposal.tokens) if q[i][token] > 0.6), len(proposal.tokens))
+            drafted.proposals[slot] = Proposal(proposal.tokens[:kept], q[:kept] if kept else None)
+    return drafted
+
+
+def test_a_stop_rule_that_looks_at_the_drawn_token_is_not(small: tuple[Path, Target, EngineBuild], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ResidentDraft, "propose", _by_the_drawn_token)
+    assert _joint(small, 2, HOW["temperature"]) < 1e-6
 
 
 # --- keyed by seed and position -----------------------------------------------------------------------------------

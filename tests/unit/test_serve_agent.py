@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ask, generate
-from tests.serving import Place, write_place
+from tests.helpers import ask, drain, generate, submit
+from tests.serving import Place, poison, write_place
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.deployment.builds import save_build
@@ -74,13 +78,30 @@ def test_a_canary_replica_serves_its_own_group(place: Place, replica: Replica) -
     assert (replica.versions(), other.versions()) == ({"*": "v1"}, {"*": "v2"})
 
 
-def poisoned(build: EngineBuild) -> None:
-    """NaN in the weights, digests in order."""
+def rewrite(build: EngineBuild, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> None:
+    """Change weights and config.json of its draft, digests in order: it looks like a build that was made so."""
     folder = Path(build.path) / "draft"
-    weights = load_file(folder / "model.safetensors")
-    weights["fc.weight"][0, 0] = torch.nan
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(weights, config)
     save_file(weights, folder / "model.safetensors")
-    save_build(EngineBuild(**{**{f: getattr(build, f) for f in build.__slots__}, "draft_digest": digest_draft(folder)}))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_build(replace(build, draft_digest=digest_draft(folder)))
+
+
+def of_another_target(build: EngineBuild) -> None:
+    rewrite(build, lambda weights, config: config["tide"].update(engine_digest="0123456789abcdef"))
+
+
+def of_other_shapes(build: EngineBuild) -> None:
+    rewrite(build, lambda weights, config: weights.update({"norm.weight": torch.ones(7)}))
+
+
+def of_fewer_layers(build: EngineBuild) -> None:
+    rewrite(build, lambda weights, config: weights.update({"fc.weight": weights["fc.weight"][:, :64].contiguous()}))
+
+
+def pointing_outside(build: EngineBuild) -> None:
+    rewrite(build, lambda weights, config: weights["d2t"].__setitem__(-1, 10_000))
 
 
 def altered(build: EngineBuild) -> None:
@@ -93,14 +114,20 @@ def missing(build: EngineBuild) -> None:
     (Path(build.path) / "build.json").unlink()
 
 
-@pytest.mark.parametrize(("harm", "says"), [(poisoned, "NaN"), (altered, "altered"), (missing, "missing or incomplete")])
-def test_a_bad_build_changes_nothing_but_the_report(place: Place, replica: Replica, harm: object, says: str) -> None:
+@pytest.mark.parametrize(("harm", "says"), [
+    (poison, "NaN"), (altered, "altered"), (missing, "missing or incomplete"), (of_another_target, "was trained on engine"),
+    (of_other_shapes, "norm.weight is"), (of_fewer_layers, "reads 2 layers"), (pointing_outside, "d2t points outside")])
+def test_a_bad_build_changes_nothing_but_the_report(place: Place, replica: Replica, harm: Callable[[EngineBuild], None], says: str) -> None:
     good, bad = place.build("v1"), place.build("v2", seed=1)
     place.deploy({"*": good.build_id})
     replica.agent.poll()
-    harm(bad)  # type: ignore[operator]
+    running = submit(replica.engine, ask("a", "hello", speculation="3", max_tokens=12, ignore_eos=True))
+    replica.engine.step()
+    harm(bad)
     place.deploy({"*": bad.build_id})
     assert not replica.agent.poll()
+    drain(replica.engine)
+    assert running.chunks[-1].draft_version == "v1" and running.chunks[-1].num_output_tokens == 12
     assert replica.versions() == {"*": "v1"} and says in replica.agent.error
     report = replica.agent.report()
     assert report.deployment == 1 and report.drafts == {"*": good.build_id} and says in report.error

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from tests.serving import until
 from tide_pipeline.config import StackSettings
 from tide_pipeline.errors import PortInUse, StackError
+from tide_pipeline.serve import keep
+from tide_pipeline.serve.front.replicas import write_replicas
 from tide_pipeline.serve.process import choose_ports, die_with_parent, end_group, group_members
 from tide_pipeline.serve.triton import Installation, Ports, find_triton, link_backends, triton_command
 
@@ -94,3 +99,51 @@ def test_serving_imports_without_the_orchestrators() -> None:
 
 def test_die_with_parent_can_be_called() -> None:
     assert subprocess.run(["true"], preexec_fn=die_with_parent, check=False).returncode == 0
+
+
+CHILD = """
+import pathlib, sys, time
+told = pathlib.Path(sys.argv[1])
+told.write_text(told.read_text() + "x" if told.exists() else "x")
+sys.exit(int(sys.argv[2])) if len(told.read_text()) > int(sys.argv[3]) else sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(("ends_with", "deaths", "starts"), [(0, 2, 3), (2, 0, 1)])
+def test_a_kept_child_comes_back_until_it_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_with: int, deaths: int,
+                                                         starts: int) -> None:
+    """A first start that says "could not" is taken at its word."""
+    monkeypatch.setattr(keep, "FIRST_PAUSE_S", 0.01)
+    told = tmp_path / "told"
+    keeper = keep.Keeper([sys.executable, "-c", CHILD, str(told), str(ends_with), str(deaths)])
+    assert keeper.run() == ends_with and told.read_text() == "x" * starts
+
+
+def test_a_front_that_is_killed_comes_back_on_its_port(tmp_path: Path) -> None:
+    """By SIGKILL; and SIGTERM to the keeper ends both."""
+    write_replicas(tmp_path / "replicas.json", [])
+    port = choose_ports(StackSettings(), ("front_port",))[0]
+    state = tmp_path / "front.json"
+    keeper = subprocess.Popen([sys.executable, "-m", "tide_pipeline.serve.keep", "tide_pipeline.serve.front", "--replicas",
+                               str(tmp_path / "replicas.json"), "--state-file", str(state), "--port", str(port)], stderr=subprocess.PIPE)
+    try:
+        until(lambda: state.is_file() and alive(port))
+        first = json.loads(state.read_text())["pid"]
+        assert first != keeper.pid
+        os.kill(first, signal.SIGKILL)
+        until(lambda: json.loads(state.read_text())["pid"] != first and alive(port))
+        second = json.loads(state.read_text())["pid"]
+        keeper.terminate()
+        assert keeper.wait(30) == 0 and not Path(f"/proc/{second}").exists()
+    finally:
+        keeper.kill()
+        errors = keeper.communicate()[1].decode()
+    assert "tide_pipeline.serve.front ended with code -9: restart 1" in errors
+
+
+def alive(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,11 @@ def test_unknown_names_are_refused_with_the_nearest_known_one() -> None:
 def test_what_is_no_single_text_is_refused(arrays: Arrays) -> None:
     with pytest.raises(InvalidRequest):
         parse(**arrays)
+
+
+@pytest.mark.parametrize(("stamp", "waited_s"), [(-4.0, 4.0), (60.0, 0.0), (-1e6, 0.0), ("yesterday", 0.0), (None, 0.0)])
+def test_a_stamp_of_the_front_tells_when_a_request_arrived(stamp: Any, waited_s: float) -> None:
+    """One from the future, from long ago or of no sense is not believed."""
+    told = stamp if stamp is None or isinstance(stamp, str) else f"{time.time() + stamp:.6f}"
+    began = parse({"tide_received_at": told}).began
+    assert time.monotonic() - began == pytest.approx(waited_s, abs=0.5)

@@ -32,8 +32,8 @@ def test_every_row_of_every_depth_equals_the_runner(tmp_path: Path, depth: int) 
             rows = slice(cut.start, cut.start + anchor + 1)
             ids = cut.states.token_ids[cut.start + 1 :]
             # positions in the runner's cache count from the slice's first row; rotary attention is relative
-            taps, positions = cut.states.taps_TG[None, rows].float(), torch.arange(anchor + 1)[None]
-            got = runner.extend(taps, ids[None, : anchor + 1], positions, cache)[:, -1]
+            taps, positions = cut.states.taps_TG[rows].float(), torch.arange(anchor + 1)
+            got = runner.extend(taps, ids[: anchor + 1], positions, [anchor + 1], cache)[-1:]
             for j in range(1, depth + 1):
                 got = runner.step(got, ids[anchor + j][None], torch.tensor([anchor + j]), cache)
             torch.testing.assert_close(logits[packed_at + anchor + depth], runner.logits(got)[0], atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ old draft stays until its last member ends. Members hold the lowest slots of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.engine.control import Plan
 from tide_pipeline.engine.sampling import Purpose, distribution, draw, uniform
+from tide_pipeline.engine.stopping import Lengths
 from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
 from tide_pipeline.models.eagle3 import DraftRunner
@@ -24,15 +27,29 @@ from tide_pipeline.models.target import Target
 if TYPE_CHECKING:
     from tide_pipeline.engine.request import ActiveRequest
 
-WIDE_CATCH_UP = 8                 # waiting rows above this are fed for one request alone, not padded into the batch
+MOST_PADDING = 3                  # rows of attention's rectangle for each row that waits; beyond, the widest member is fed alone
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Draft tokens of one request and, when it samples, the distributions they were drawn from [K, V]."""
+    """Draft tokens of one request and, when it samples, the distributions they were drawn from [K, V]; else how sure the draft was."""
 
     tokens: list[int]
     q_KV: Tensor | None = None
+    confidences: Sequence[float] = ()
+
+
+NOTHING = Proposal([])
+
+
+@dataclass(frozen=True)
+class Round:
+    """What drafting did in a step."""
+
+    proposals: dict[int, Proposal]        # by slot of the target's cache; NOTHING for the others
+    depth: int = 0                        # passes of the draft
+    members: int = 0                      # requests in each
+    behind: int = 0                       # most rows that one of them had waiting
 
 
 class ResidentDraft:
@@ -47,11 +64,11 @@ class ResidentDraft:
             raise BuildError(f"draft {folder} has digest {self.digest[:16]}, build {build.build_id} names {build.draft_digest[:16]}: "
                              "it was altered, build it again with `tide build`")
         self.runner = DraftRunner(load_draft(folder, target.shape, identity), target.embedding_VD)
-        self.cache = self.runner.new_cache(slots, positions + WIDE_CATCH_UP)    # padding may reach past the last position
+        self.cache = self.runner.new_cache(slots, positions)
         self.members: list[ActiveRequest] = []
 
     def join(self, request: ActiveRequest) -> None:
-        request.draft, request.draft_slot = self, len(self.members)
+        request.draft, request.version, request.draft_slot = self, self.build.draft_version, len(self.members)
         self.members.append(request)
 
     def leave(self, request: ActiveRequest) -> None:
@@ -62,56 +79,53 @@ class ResidentDraft:
             last.draft_slot = request.draft_slot
             self.members[last.draft_slot] = last
 
-    def propose(self, lengths: Sequence[int]) -> list[Proposal]:
-        """Bring the cache up to date, then draft up to max(lengths) tokens for the members; cut to each one's length."""
-        members, depth = self.members, max(lengths)
-        for member in members:
-            if member.waiting_rows > WIDE_CATCH_UP:
-                self._feed(member)
-        self._feed_together(members)
+    def propose(self, plan: Plan) -> Round:
+        """Draft for the members from the first to the last that the plan drafts for, after bringing their cache up to date."""
+        wanted = [m.draft_slot for m in self.members if plan.lengths[m.slot]]
+        if not wanted:
+            return Round({})
+        first, members = wanted[0], self.members[wanted[0] : wanted[-1] + 1]
+        behind = max(m.waiting_rows for m in members)
+        self.catch_up(members)
+        lengths = Lengths([plan.lengths[m.slot] for m in members], [plan.limit(m.slot) for m in members],
+                          [m.survival for m in members], plan.worth)
         state_BD = torch.stack([m.draft_state for m in members if m.draft_state is not None])
-        drawn: list[list[int]] = [[] for _ in members]
-        kept: list[list[Tensor]] = [[] for _ in members]
         rows_B = torch.tensor([m.draft_rows for m in members])
-        for j in range(depth):
-            ids = self._pick(members, self.runner.logits(state_BD), j, kept)
-            for tokens, token in zip(drawn, ids, strict=True):
-                tokens.append(token)
-            if j + 1 < depth:
-                state_BD = self.runner.step(state_BD, torch.tensor(ids), rows_B + j, self.cache)
-        return [Proposal(tokens[:k], torch.stack(q[:k]) if q and k else None)
-                for tokens, q, k in zip(drawn, kept, lengths, strict=True)]
+        drawn: list[list[int]] = []                                # [depth][member]
+        sure: list[list[float]] = []
+        kept: list[list[Tensor]] = [[] for _ in members]
+        while True:
+            logits_BV = self.runner.logits(state_BD)
+            sure.append(confidences(logits_BV))
+            drawn.append(self._pick(members, logits_BV, len(drawn), kept))
+            if not lengths.go_on(len(drawn), sure[-1]):
+                break
+            state_BD = self.runner.step(state_BD, torch.tensor(drawn[-1]), rows_B + len(drawn) - 1, self.cache, first)
+        proposals = {m.slot: Proposal([ids[i] for ids in drawn[:k]], torch.stack(kept[i][:k]) if kept[i] and k else None,
+                                      [c[i] for c in sure[:k]] if m.greedy else ())
+                     for i, (m, k) in enumerate(zip(members, lengths.final, strict=True))}
+        return Round(proposals, len(drawn), len(members), behind)
 
     def catch_up(self, members: Sequence[ActiveRequest]) -> None:
-        """Feed what waits for these members, one by one, without drafting."""
-        for member in members:
-            self._feed(member)
+        """Feed what waits for these members, neighbours in the cache, in one pass; one who has far more than the others goes alone."""
+        widths = [m.waiting_rows for m in members]
+        while len(members) > 1 and max(widths) * len(widths) > MOST_PADDING * sum(widths):
+            widest = widths.index(max(widths))
+            self._feed(members[widest : widest + 1])
+            widths[widest] = 0
+        if any(widths):
+            self._feed(members)
 
-    def _feed_together(self, members: Sequence[ActiveRequest]) -> None:
-        """Draft row t is (taps of t, token t + 1), at position t; members with fewer waiting rows are padded."""
-        if len(members) == 1 and members[0].waiting_rows:
-            self._feed(members[0])
-        if not any(m.waiting_rows for m in members):
-            return
-        W = max(m.waiting_rows for m in members)
-        taps = torch.zeros(len(members), W, self.runner.shape.num_taps * self.runner.shape.hidden_size)
-        ids = torch.zeros(len(members), W, dtype=torch.long)
-        starts = torch.tensor([m.draft_rows for m in members])
-        for i, m in enumerate(members):
-            if n := m.waiting_rows:
-                taps[i, :n] = m.take_waiting()
-                ids[i, :n] = torch.tensor(m.tokens[m.draft_rows + 1 : m.consumed + 1])
-        states = self.runner.extend(taps, ids, starts.unsqueeze(1) + torch.arange(W), self.cache)
-        for i, m in enumerate(members):
-            if n := m.waiting_rows:
-                m.draft_state, m.draft_rows = states[i, n - 1], m.consumed
-
-    def _feed(self, m: ActiveRequest) -> None:
-        n = m.waiting_rows
-        ids = torch.tensor([m.tokens[m.draft_rows + 1 : m.consumed + 1]])
-        positions = torch.arange(m.draft_rows, m.consumed).unsqueeze(0)
-        states = self.runner.extend(m.take_waiting().unsqueeze(0), ids, positions, self.cache, first_slot=m.draft_slot)
-        m.draft_state, m.draft_rows = states[0, n - 1], m.consumed
+    def _feed(self, members: Sequence[ActiveRequest]) -> None:
+        """Draft row t is (taps of t, token t + 1), at position t."""
+        widths = [m.waiting_rows for m in members]
+        ids_N = torch.tensor([token for m in members for token in m.tokens[m.draft_rows + 1 : m.consumed + 1]])
+        positions_N = torch.tensor([row for m in members for row in range(m.draft_rows, m.consumed)])
+        taps_NG = torch.cat([rows for m in members for rows in m.take_waiting()])
+        states_ND = self.runner.extend(taps_NG, ids_N, positions_N, widths, self.cache, members[0].draft_slot)
+        for m, end, width in zip(members, itertools.accumulate(widths), widths, strict=True):
+            if width:
+                m.draft_state, m.draft_rows = states_ND[end - 1], m.consumed
 
     def _pick(self, members: Sequence[ActiveRequest], logits_BV: Tensor, j: int, kept: list[list[Tensor]]) -> list[int]:
         """Greedy requests take the argmax; sampling ones draw, and keep the distribution in the target's vocabulary."""
@@ -121,8 +135,14 @@ class ResidentDraft:
                 how = m.request.sampling
                 q = distribution(logits_BV[i : i + 1], how)[0]
                 if not self.runner.full_vocab:
-                    wide = torch.zeros(self.runner.shape.vocab_size, dtype=q.dtype)
-                    q = wide.index_add_(0, self.runner.to_target(torch.arange(len(q))), q)    # adds: d2t may name a token twice
+                    wide = q.new_zeros(self.runner.shape.vocab_size)
+                    q = wide.index_add_(0, self.runner.to_target(torch.arange(len(q), device=q.device)), q)  # d2t may name a token twice
                 kept[i].append(q)
                 ids[i] = draw(q, uniform(how.seed, len(m.tokens) + j, Purpose.DRAFT))
         return ids
+
+
+def confidences(logits_BV: Tensor) -> list[float]:
+    """The highest probability of each row [B]."""
+    sure: list[float] = (logits_BV.amax(-1).float() - logits_BV.float().logsumexp(-1)).exp().tolist()
+    return sure

@@ -7,6 +7,7 @@ Refused tokens leave rubbish in the caches past a request's end, which the next 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -28,39 +29,47 @@ from tide_pipeline.contracts import (
     StepKind,
     TokenChunk,
 )
-from tide_pipeline.engine.control import Plan, RequestSurvival, Slot, SpeculationController
-from tide_pipeline.engine.drafts import ResidentDraft
+from tide_pipeline.engine.control import Plan, Slot, SpeculationController
+from tide_pipeline.engine.drafts import NOTHING, ResidentDraft
+from tide_pipeline.engine.outbox import Outbox
 from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.step import StepRunner, Verdict
-from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.survival import RequestSurvival
+from tide_pipeline.engine.tap_copies import tap_ring
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
+from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target
 
 log = logging.getLogger(__name__)
+
+BUFFER_ROWS = 1_024              # rows of one request that its draft has not seen
 
 
 class EmbeddedEngine:
     """Implements `engine.protocol.Engine`. `start()` runs it in a thread; tests may call `step()` themselves."""
 
     def __init__(self, model_dir: Path, spec: EngineSpec, serve: ServeSettings, speculation: SpeculationSettings,
-                 sink: Sink | None = None) -> None:
+                 sink: Sink | None = None, target: Target | None = None) -> None:
         self.spec, self.serve = spec, serve
-        self.target = Target(model_dir, spec)
+        self.target = target or Target(model_dir, spec, device_of(serve.device))
         self.codec = TextCodec(model_dir)
         self.positions = min(spec.max_context, self.target.shape.max_positions)
         self.max_depth = spec.max_draft_length
         padded = self.positions + self.max_depth + 1
         self.cache = self.target.new_cache(serve.max_batch + 1, padded)
         rows = max(serve.prefill_chunk, serve.max_batch * (1 + self.max_depth))
-        self.ring = TapRing(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets)
-        self._runner = StepRunner(self.target, self.cache, self.ring)
+        self.ring = tap_ring(8, rows + serve.prefill_chunk, self.target.shape.hidden_size, len(spec.capture_layers), spec.soft_targets,
+                             self.target.device)
+        self._outbox = Outbox(self._sink)
+        self._runner = StepRunner(self.target, self.cache, self.ring, self._outbox.poll)
         self.control = SpeculationController(speculation, self.max_depth)
         self.sink: Sink = sink or NullSink()
         self.sink.attach(self.ring, self.target.digest)
+        self.ring.is_read = sink is not None
         self._padded = padded
         self._drafts: dict[str, ResidentDraft] = {}
         self._waiting: deque[ActiveRequest] = deque()
@@ -81,7 +90,12 @@ class EmbeddedEngine:
         return self.target.digest
 
     def start(self) -> None:
-        """Run the engine in its own thread."""
+        """Run the engine in its own thread. What exists now is taken out of the garbage collector's sight: a full collection walks through
+        all of PyTorch's objects, and would hold up a step for 0.1 s."""
+        gc.collect()
+        gc.freeze()
+        if self.cache.static is not None:
+            self.cache.static.warm(self.cache, self.serve.max_batch, self.positions)
         self._thread = threading.Thread(target=self._loop, name="tide-engine", daemon=True)
         self._thread.start()
 
@@ -114,9 +128,10 @@ class EmbeddedEngine:
 
     def profile(self) -> None:
         """Measure what steps cost on an idle engine; needs a draft."""
+        assert not (self._running or self._prefilling), "a profile writes over the caches of requests"
         if self._drafts:
-            runner = next(iter(self._drafts.values())).runner
-            profile_step_costs(self.target, runner, self.control, self.serve.max_batch, self.positions)
+            draft = next(iter(self._drafts.values()))
+            profile_step_costs(self.target, self.cache, draft, self.control, self.serve.max_batch, self.positions)
 
     def stats(self) -> EngineStats:
         """A snapshot; may be one step old."""
@@ -128,9 +143,10 @@ class EmbeddedEngine:
             requests_finished=self._count["finished"], requests_failed=self._count["failed"], tokens_out=self._count["tokens"],
             prompt_tokens=self._count["prompt"], target_steps=self._count["steps"], verify_steps=self._count["verify"],
             drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
-            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.probe_ms / 1e3,
+            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.spent_ms / 1e3,
             sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
-            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table())
+            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table(),
+            dropped_tap_rows=self.ring.dropped_rows)
 
     def close(self) -> None:
         """Stop; requests in flight are told "cancelled"."""
@@ -139,9 +155,11 @@ class EmbeddedEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+            gc.unfreeze()
         self._waiting.clear()
         for active in list(self._requests.values()):
             self._finish(active, FinishReason.CANCELLED)
+        self._outbox.flush()
         self._sink(self.sink.close)
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ class EmbeddedEngine:
         torch.set_num_threads(self.serve.threads)
         while True:
             with self._wake:
-                while not (self._closed or self._waiting or self._prefilling or self._running):
+                while not (self._closed or self._waiting or self._prefilling or self._running or self._outbox):
                     self._wake.wait()
                 if self._closed:
                     return
@@ -163,6 +181,8 @@ class EmbeddedEngine:
             self._prefill()
             if self._running:
                 self._decode()
+            else:
+                self._outbox.poll()
         except Exception as error:
             log.exception("engine step failed: %d requests are ended", len(self._running))
             for active in [*self._running, *([self._prefilling] if self._prefilling else [])]:
@@ -178,7 +198,7 @@ class EmbeddedEngine:
             self._prefilling = active
             active.slot = self.serve.max_batch                    # the spare slot, until it joins the running ones
             how = active.request
-            self._sink(lambda: self.sink.on_open(RequestOpened(
+            self._outbox.post(lambda: self.sink.on_open(RequestOpened(
                 how.request_id, how.workload, how.tenant, tuple(active.tokens[: active.num_prompt]), how.sampling, how.speculation)))
         active, began = self._prefilling, time.perf_counter()
         start = active.consumed
@@ -187,7 +207,7 @@ class EmbeddedEngine:
         self._count["prompt"] += len(chunk)
         event = StepEvent(active.request.request_id, StepKind.PREFILL, start, chunk, () if token is None else (token,), (), 0,
                           active.version, 0, 1, (time.perf_counter() - began) * 1e3, handle)
-        self._sink(lambda: self.sink.on_step((event,)))
+        self._outbox.post(lambda: self.sink.on_step((event,)), self.ring.ship())
         if token is not None:
             self._join(active)
             self._advance(active, *self._runner.take(active, [token]))
@@ -199,6 +219,7 @@ class EmbeddedEngine:
         active.slot = len(self._running)
         self._running.append(active)
         active.first_token_at = time.monotonic()
+        self.control.changed()
         with self._wake:
             draft = self._drafts.get(active.request.workload) or self._drafts.get(ANY_WORKLOAD)
         if draft is not None and active.fixed_length != 0:
@@ -208,33 +229,43 @@ class EmbeddedEngine:
             active.waiting_taps.clear()
 
     def _decode(self) -> None:
-        began, running = time.perf_counter(), list(self._running)
-        behind = max(r.waiting_rows if r.draft else 0 for r in running)
-        plan = self._plan(running)
-        proposals = self._runner.propose(running, plan)
+        began, running, context = time.perf_counter(), list(self._running), max(r.consumed for r in self._running) + 1
+        plan = self._plan(running, context)
+        drafted = self._runner.propose(running, plan)
         drafted_at = time.perf_counter()
+        proposals = [drafted.proposals.get(r.slot, NOTHING) for r in running]
         verdicts = self._runner.verify(running, proposals)
         ended = time.perf_counter()
         events = [self._event(v, plan, len(running), (ended - began) * 1e3) for v in verdicts]
         for v in verdicts:
             self._observe(v)
-        self._sink(lambda: self.sink.on_step(events))
+        self._outbox.post(lambda: self.sink.on_step(events), self.ring.ship())
         for v in verdicts:
             self._advance(v.request, v.emitted, v.text)
-        if plan.depth == 0 or behind <= 1 + self.max_depth:        # a longer catch-up is no part of a step's usual cost
-            rows, members = sum(1 + len(p.tokens) for p in proposals), sum(r.draft is not None for r in running)
-            self.control.costs.observe(len(running), rows, (ended - drafted_at) * 1e3, members, plan.depth, (drafted_at - began) * 1e3)
-        self._account(plan, (time.perf_counter() - began) * 1e3)
+        if drafted.behind <= 1 + self.max_depth:                   # a longer catch-up is no part of a step's usual cost
+            rows = len(running) + sum(len(p.tokens) for p in proposals)
+            self.control.costs.observe(len(running), rows, (ended - drafted_at) * 1e3, drafted.members, drafted.depth,
+                                       (drafted_at - began) * 1e3, context)
+        self._account(plan, drafted.depth, len(running), context, (time.perf_counter() - began) * 1e3)
+        self._bound_buffers()
 
-    def _plan(self, running: list[ActiveRequest]) -> Plan:
+    def _plan(self, running: list[ActiveRequest], context: int) -> Plan:
         """Draft lengths that the requests have use for, at most to the token before their last."""
-        slots = [Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length) for r in running]
-        return self.control.plan(slots, self._catch_up_ms(running))
+        if self.control.rests():
+            return Plan([0] * len(running))
+        return self.control.plan([Slot(r.survival, max(0, min(r.remaining - 1, self.positions - len(r.tokens) - 1)), r.fixed_length,
+                                       r.waiting_rows, r.greedy) for r in running], context)
 
-    def _catch_up_ms(self, running: list[ActiveRequest]) -> float:
-        """Estimated from the rows that wait: a draft row costs about a hundredth of a plain step."""
-        waiting = sum(r.waiting_rows for r in running if r.draft is not None)
-        return waiting * self.control.costs.verify_ms(1, 1) / 100.0
+    def _bound_buffers(self) -> None:
+        """A request that was not drafted for so long that its buffer is full is caught up if the probes' budget pays, or drafts no more."""
+        for r in self._running:
+            if r.draft is not None and r.waiting_rows > BUFFER_ROWS:
+                if not self.control.can_pay(self.control.catch_up_ms(r.waiting_rows)):
+                    r.give_up_drafting()
+                    continue
+                began = time.perf_counter()
+                r.draft.catch_up([r])
+                self.control.spend((time.perf_counter() - began) * 1e3)
 
     def _event(self, v: Verdict, plan: Plan, batch: int, step_ms: float) -> StepEvent:
         r = v.request
@@ -255,13 +286,16 @@ class EmbeddedEngine:
             self._count["drafted"] += len(v.drafted)
             self._count["accepted"] += v.accepted
         if r.survival is not None:
-            r.survival.observe(len(v.drafted), v.accepted)
+            r.survival.observe(len(v.drafted), v.accepted, v.confidences)
 
-    def _account(self, plan: Plan, ms: float) -> None:
-        self._depth_steps[plan.depth] += 1
-        self._ms["on" if plan.depth else "off"] += ms
-        if plan.depth == 0:
+    def _account(self, plan: Plan, depth: int, batch: int, context: int, ms: float) -> None:
+        self._depth_steps[depth] += 1
+        self._ms["on" if depth else "off"] += ms
+        if depth == 0:
             self.control.earn(ms)
+        elif plan.kind is StepKind.PROBE:
+            plain_ms = self.control.costs.load * self.control.costs.verify_ms(batch, batch, context)
+            self.control.spend(max(0.0, ms - plain_ms))
 
     def _advance(self, r: ActiveRequest, emitted: list[int], text: str) -> None:
         """Append what a step emitted, tell the client, and end the request when it is done."""
@@ -297,6 +331,7 @@ class EmbeddedEngine:
         if r is self._prefilling:
             self._prefilling = None
         elif r in self._running:
+            self.control.changed()
             last = self._running.pop()
             if last is not r:
                 self.cache.move(last.slot, r.slot, last.consumed)
@@ -310,7 +345,7 @@ class EmbeddedEngine:
             now = time.monotonic()
             first = r.first_token_at or now
             closed = RequestClosed(r.request.request_id, reason, (first - r.submitted_at) * 1e3, (now - r.submitted_at) * 1e3, r.num_output)
-            self._sink(lambda: self.sink.on_close(closed))
+            self._outbox.post(lambda: self.sink.on_close(closed))
         self._tell(r, tokens, reason, text, error)
 
     def _tell(self, r: ActiveRequest, tokens: tuple[int, ...], reason: FinishReason | None, text: str = "", error: str = "") -> None:
@@ -334,4 +369,4 @@ class EmbeddedEngine:
         except Exception:
             log.exception("the capture sink failed: it is switched off, serving goes on without capture")
             self._count["sink_errors"] += 1
-            self.sink = NullSink()
+            self.sink, self.ring.is_read = NullSink(), False

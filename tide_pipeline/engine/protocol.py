@@ -36,12 +36,14 @@ class EngineStats:
     draft_length_steps: dict[int, int]  # draft length -> engine steps that used it
     first_position_rate: dict[str, float] = field(default_factory=dict)   # workload -> the controller's estimate
     step_ms: dict[str, float] = field(default_factory=dict)               # measured costs, StepCosts.table()
+    dropped_tap_rows: int = 0                                             # the tap ring was full: the sink lagged behind a GPU
 
 
 class Sink(Protocol):
     """Takes the engine's events. Must not block; the engine swallows and counts what it raises.
 
-    Order per request: one `on_open`, `on_step` once per step, one `on_close`. All calls come from the engine's thread.
+    Order per request: one `on_open`, `on_step` once per step, one `on_close`. All calls come from the engine's thread; on a GPU they come
+    some steps late, when a step's states have been copied to the host.
     """
 
     def attach(self, ring: TapRing, engine_digest: str) -> None: ...

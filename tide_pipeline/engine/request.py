@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from tide_pipeline.contracts import GenerationRequest
-from tide_pipeline.engine.control import RequestSurvival
 from tide_pipeline.engine.drafts import ResidentDraft
 from tide_pipeline.engine.protocol import TokenStream
+from tide_pipeline.engine.survival import RequestSurvival
 from tide_pipeline.engine.text import TextStream
 
 
@@ -31,6 +30,7 @@ class ActiveRequest:
     consumed: int = 0
     cancelled: bool = False
     draft: ResidentDraft | None = None
+    version: str = ""                      # of the draft that it was given
     survival: RequestSurvival | None = None
     draft_slot: int = -1                   # in the draft's cache
     draft_rows: int = 0                    # rows the draft's cache covers
@@ -57,12 +57,14 @@ class ActiveRequest:
     def greedy(self) -> bool:
         return self.request.sampling.temperature == 0.0
 
-    @property
-    def version(self) -> str:
-        return self.draft.build.draft_version if self.draft else ""
-
-    def take_waiting(self) -> Tensor:
-        """[n, G * D], and the buffer is empty."""
-        rows = self.waiting_taps[0] if len(self.waiting_taps) == 1 else torch.cat(self.waiting_taps)
-        self.waiting_taps.clear()
+    def take_waiting(self) -> list[Tensor]:
+        """Rows [n, G * D] each; the buffer is empty afterwards."""
+        rows, self.waiting_taps = self.waiting_taps, []
         return rows
+
+    def give_up_drafting(self) -> None:
+        """To its end it is decoded plainly."""
+        if self.draft is not None:
+            self.draft.leave(self)
+        self.draft = self.survival = self.draft_state = None
+        self.waiting_taps.clear()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tide_pipeline.contracts import TapHandle
 from tide_pipeline.engine.control import Plan
-from tide_pipeline.engine.drafts import Proposal
+from tide_pipeline.engine.drafts import Proposal, Round
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
-
-CATCH_UP_LIMIT = 256              # waiting tap rows of one request; beyond, its draft's cache is brought up to date
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +23,20 @@ class Verdict:
 
     request: ActiveRequest
     drafted: list[int]             # draft tokens that were accepted or refused; what stood past the end is neither
+    confidences: Sequence[float]   # of these, where the draft was asked
     accepted: int
     emitted: list[int]
     text: str
-    taps: TapHandle
+    taps: TapHandle | None
 
 
 class StepRunner:
-    """Target, its cache and the tap ring, for one engine thread."""
+    """Target, its cache and the tap ring, for one engine thread. `meanwhile` is called while a GPU verifies."""
 
-    def __init__(self, target: Target, cache: KVCache, ring: TapRing) -> None:
-        self.target, self.cache, self.ring = target, cache, ring
+    def __init__(self, target: Target, cache: KVCache, ring: TapRing, meanwhile: Callable[[], None]) -> None:
+        self.target, self.cache, self.ring, self._meanwhile = target, cache, ring, meanwhile
 
-    def prefill(self, r: ActiveRequest, chunk: Sequence[int]) -> tuple[TapHandle, int | None]:
+    def prefill(self, r: ActiveRequest, chunk: Sequence[int]) -> tuple[TapHandle | None, int | None]:
         """Consume the next chunk of a prompt; with the last one, the first output token."""
         positions_N = torch.arange(r.consumed, r.consumed + len(chunk))
         taps_NG, final_ND = self.target.forward_rows(torch.tensor(chunk), positions_N, [len(chunk)], self.cache, first_slot=r.slot)
@@ -52,16 +51,13 @@ class StepRunner:
         self.ring.next_slot()
         return self.ring.put(taps_NG, final_ND if self.ring.with_final else None), token
 
-    def propose(self, running: Sequence[ActiveRequest], plan: Plan) -> list[Proposal]:
-        """Draft tokens by request, in order; empty where none are to be verified."""
-        out = {id(r): Proposal([]) for r in running}
-        for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values():
-            lengths = [plan.lengths[m.slot] for m in draft.members]
-            if any(lengths):
-                out |= {id(m): proposal for m, proposal in zip(draft.members, draft.propose(lengths), strict=True)}
-            else:
-                draft.catch_up([m for m in draft.members if m.waiting_rows > CATCH_UP_LIMIT])
-        return [out[id(r)] for r in running]
+    def propose(self, running: Sequence[ActiveRequest], plan: Plan) -> Round:
+        """Draft tokens by slot, of every draft that has requests here."""
+        if not plan.depth:
+            return Round({})
+        rounds = [draft.propose(plan) for draft in {id(r.draft): r.draft for r in running if r.draft is not None}.values()]
+        return Round({slot: proposal for some in rounds for slot, proposal in some.proposals.items()}, max(some.depth for some in rounds),
+                     sum(some.members for some in rounds), max(some.behind for some in rounds))
 
     def verify(self, running: Sequence[ActiveRequest], proposals: Sequence[Proposal]) -> list[Verdict]:
         """One pass of the target over the last token and the draft tokens of every request."""
@@ -70,21 +66,26 @@ class StepRunner:
         positions_N = torch.tensor([r.consumed + j for r, width in zip(running, widths, strict=True) for j in range(width)])
         taps_NG, final_ND = self.target.forward_rows(ids_N, positions_N, widths, self.cache)
         logits_NV = self.target.logits(final_ND)
-        argmax_N = logits_NV.argmax(-1).tolist()
-        self.ring.next_slot()
-        verdicts, at = [], 0
+        best_N = logits_NV.argmax(-1)
+        self._meanwhile()
+        argmax_N = best_N.tolist()                                 # here a GPU is waited for
+        outcomes, at = [], 0
         for r, p, width in zip(running, proposals, widths, strict=True):
             how = r.request.sampling
             n, emitted = accept_greedy(p.tokens, argmax_N[at : at + width]) if r.greedy else accept_sampled(
                 p.tokens, p.q_KV, distribution(logits_NV[at : at + width], how), how.seed, len(r.tokens))
             emitted, text = self.take(r, emitted)
-            kept = slice(at, at + len(emitted))                    # rows of the last token and of the accepted drafts
+            kept = range(at, at + len(emitted))                    # rows of the last token and of the accepted drafts
             if r.draft is not None:
-                r.waiting_taps.append(taps_NG[kept])
-            handle = self.ring.put(taps_NG[kept], final_ND[kept] if self.ring.with_final else None)
-            drafted = p.tokens if len(emitted) > n else p.tokens[: len(emitted)]
-            verdicts.append(Verdict(r, drafted, min(n, len(emitted)), emitted, text, handle))
+                r.waiting_taps.append(taps_NG[kept.start : kept.stop])
+            outcomes.append((min(n, len(emitted)), len(emitted) > n, emitted, text, kept))
             at += width
+        self.ring.next_slot()
+        handles = self.ring.put_each(taps_NG, final_ND if self.ring.with_final else None, [kept for *_, kept in outcomes])
+        verdicts = []
+        for r, p, (accepted, whole, emitted, text, _), handle in zip(running, proposals, outcomes, handles, strict=True):
+            drafted = p.tokens if whole else p.tokens[: len(emitted)]
+            verdicts.append(Verdict(r, drafted, p.confidences[: len(drafted)], accepted, emitted, text, handle))
         return verdicts
 
     def take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from tide_pipeline.contracts import TapHandle
+from tide_pipeline.models.device import to_device
+
+
+class Parcel(Protocol):
+    """The rows of one step, on their way to where a sink can read them."""
+
+    def is_ready(self) -> bool:
+        """Whether they have arrived. Never waits."""
+        ...
+
+    def wait(self) -> None: ...
+
+    def release(self) -> None:
+        """The sink has copied what it keeps."""
+        ...
 
 
 class TapRing:
     """`slots` buffers of `rows` state rows, bf16. A row is [taps of the captured layers | final post-norm state].
 
     On a CPU a row is written by the step itself, so a handle is good until the next `slots` steps have run;
-    sinks copy what they keep before `on_step` returns.
+    sinks copy what they keep before `on_step` returns. engine/tap_copies.py has the ring of a GPU.
     """
 
-    def __init__(self, slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool) -> None:
+    def __init__(self, slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool,
+                 device: torch.device | None = None) -> None:
         self.hidden_size, self.num_taps, self.with_final = hidden_size, num_taps, with_final
         self.width = hidden_size * (num_taps + int(with_final))
-        self._rows_SRW = torch.zeros(slots, rows, self.width, dtype=torch.bfloat16)
+        self.is_read = True                # False: no sink looks at the rows, and none are kept
+        self.dropped_rows = 0
+        self._rows_SRW = torch.zeros(slots, rows, self.width, dtype=torch.bfloat16, device=device)
         self._slot = -1
         self._fill = 0
 
@@ -27,8 +49,10 @@ class TapRing:
         self._slot = (self._slot + 1) % self._rows_SRW.shape[0]
         self._fill = 0
 
-    def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle:
-        """Append rows of the current step: taps [N, num_taps * D] and final states [N, D], any float type."""
+    def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
+        """Append rows of the current step: taps [N, num_taps * D] and final states [N, D], any float type. None: not kept."""
+        if not self.is_read:
+            return None
         n = taps_NG.shape[0]
         start, stop = self._fill, self._fill + n
         assert stop <= self._rows_SRW.shape[1], "more rows in a step than the ring was sized for"
@@ -39,6 +63,22 @@ class TapRing:
             target[:, taps_NG.shape[1]:] = final_ND
         self._fill = stop
         return TapHandle(self._slot, start, stop)
+
+    def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
+        """Append these rows of a step, a handle for each range: one gather and one write, however many requests there are."""
+        chosen = [row for rows in kept for row in rows]
+        if self.is_read and len(chosen) < len(taps_NG):
+            index = to_device(torch.tensor(chosen), taps_NG.device)
+            taps_NG, final_ND = taps_NG[index], None if final_ND is None else final_ND[index]
+        whole = self.put(taps_NG, final_ND)
+        if whole is None:
+            return [None] * len(kept)
+        ends = itertools.accumulate(map(len, kept), initial=whole.start)
+        return [TapHandle(whole.slot, start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def ship(self) -> Parcel | None:
+        """End a step. None: its rows can be read at once."""
+        return None
 
     def rows(self, handle: TapHandle) -> Tensor:
         """A view [N, width] of a handle's rows, bf16."""

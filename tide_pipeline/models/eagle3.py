@@ -10,15 +10,21 @@ facts on TensorRT-LLM in docs/engine.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tide_pipeline.models.layers import DecoderLayer, Heads, KVCache, StepGeometry
+from tide_pipeline.models.device import to_device
+from tide_pipeline.models.geometry import StepGeometry, StepRows
+from tide_pipeline.models.layers import DecoderLayer, Heads, KVCache
 from tide_pipeline.models.linear import Linear
 from tide_pipeline.models.rope import Rope, rotary_tables
+from tide_pipeline.models.static import new_cache
+
+STATIC_WIDTH = 8                  # rows of a request: a usual catch-up, and every drafted token
 
 
 @dataclass(frozen=True)
@@ -74,34 +80,39 @@ class Eagle3Draft(nn.Module):
 
 
 class DraftRunner:
-    """Drafts for the requests of a step. Shares slots with the target's cache: slot s here is slot s there."""
+    """Drafts for the requests of a step, where the target's embeddings are and in their dtype. Ids and positions come from the host."""
 
     def __init__(self, draft: Eagle3Draft, embedding_VD: Tensor) -> None:
         s = self.shape = draft.shape
-        weights = {name: tensor.detach().float() for name, tensor in draft.state_dict().items() if tensor.is_floating_point()}
-        self.embedding_VD = embedding_VD
+        self.embedding_VD, self.device, self.dtype = embedding_VD, embedding_VD.device, embedding_VD.dtype
+        weights = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in draft.state_dict().items()
+                   if tensor.is_floating_point()}
         self.fc = Linear(weights["fc.weight"])
         self.layer = DecoderLayer(weights, "midlayer.", s.heads, s.eps)
         self.hidden_norm, self.input_norm = weights["midlayer.hidden_norm.weight"], weights["midlayer.input_layernorm.weight"]
         self.norm = weights["norm.weight"]
         self.head = Linear(weights["lm_head.weight"])
-        self.d2t = draft.d2t.clone()
+        self.d2t = draft.d2t.to(self.device, copy=True)
         self.full_vocab = s.draft_vocab_size == s.vocab_size and not bool(self.d2t.any())
-        self.cos, self.sin = draft.cos.float(), draft.sin.float()
+        self.cos, self.sin = draft.cos.to(self.device, self.dtype), draft.sin.to(self.device, self.dtype)
 
     def new_cache(self, slots: int, positions: int) -> KVCache:
-        return KVCache(1, slots, positions, self.shape.heads)
+        return new_cache(self._pass, 1, slots, positions, self.shape.heads, self.embedding_VD, STATIC_WIDTH)
+
+    def empty_taps(self, N: int) -> Tensor:
+        """Zeros [N, G * D] for `extend`."""
+        return torch.zeros(N, self.shape.num_taps * self.shape.hidden_size, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def extend(self, taps_BWG: Tensor, next_ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
-        """Rows with true taps: [B, W, G * D] and the tokens after them. Returns output states [B, W, D]."""
-        B, W = next_ids_BW.shape
-        return self._run(self.fc(taps_BWG.reshape(B * W, -1)), next_ids_BW, positions_BW, cache, first_slot)
+    def extend(self, taps_NG: Tensor, next_ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache,
+               first_slot: int = 0) -> Tensor:
+        """Rows with true taps [N, G * D], and the tokens after them: widths[b] rows of slot first_slot + b. Returns states [N, D]."""
+        return self._run(self.fc(taps_NG), next_ids_N, positions_N, widths, cache, first_slot)
 
     @torch.inference_mode()
     def step(self, state_BD: Tensor, ids_B: Tensor, positions_B: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
         """One more drafted token per request, from the draft's own state: returns output states [B, D]."""
-        return self._run(state_BD, ids_B.unsqueeze(1), positions_B.unsqueeze(1), cache, first_slot)[:, 0]
+        return self._run(state_BD, ids_B, positions_B, [1] * len(ids_B), cache, first_slot)
 
     @torch.inference_mode()
     def logits(self, state_BD: Tensor) -> Tensor:
@@ -112,12 +123,19 @@ class DraftRunner:
         """Draft token ids -> target token ids."""
         return draft_ids if self.full_vocab else draft_ids + self.d2t[draft_ids]
 
-    def _run(self, hidden_ND: Tensor, ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int) -> Tensor:
-        B, W = positions_BW.shape
-        at = StepGeometry.build(positions_BW.reshape(-1), [W] * B, first_slot, cache, self.cos, self.sin)
+    def _run(self, hidden_ND: Tensor, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache, first_slot: int) -> Tensor:
+        if cache.static is not None and cache.static.takes(widths, first_slot):
+            return cache.static.run(cache, ids_N, positions_N, widths, hidden_ND)[0]
+        rows = StepRows.build(positions_N, widths, first_slot, cache.positions)
+        return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device), hidden_ND)[0]
+
+
+    def _pass(self, cache: KVCache, rows: StepRows, ids_N: Tensor, hidden_ND: Tensor) -> tuple[Tensor]:
+        """All on the device; reads no value back."""
+        at = StepGeometry.of(rows, self.shape.heads.groups, self.cos, self.sin)
         size, eps = hidden_ND.shape[-1:], self.shape.eps
-        embedded = F.rms_norm(self.embedding_VD[ids_BW.reshape(-1)], size, self.input_norm, eps)
+        embedded = F.rms_norm(self.embedding_VD[ids_N], size, self.input_norm, eps)
         both = torch.cat((embedded, F.rms_norm(hidden_ND, size, self.hidden_norm, eps)), dim=-1)
         x = hidden_ND + self.layer.attend(both, cache, 0, at)
         x += self.layer.feed_forward(x)
-        return x.view(B, W, -1)
+        return (x,)

@@ -1,4 +1,4 @@
-"""The KV cache, where a step stands in it, and one decoder layer, shared by target and draft. Inference only.
+"""The KV cache and one decoder layer, shared by target and draft. Inference only; geometry.py says where a step's rows stand.
 
 B = requests in the step, W = token rows of a request, N = rows of all of them, T = cached positions, D = hidden size,
 H = query heads, K = key/value heads, E = size of a head.
@@ -6,14 +6,19 @@ H = query heads, K = key/value heads, E = size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tide_pipeline.models.geometry import StepGeometry
 from tide_pipeline.models.linear import Linear
+
+if TYPE_CHECKING:
+    from tide_pipeline.models.static import StaticPasses
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,23 @@ class Heads:
     kv: int
     size: int
 
+    @property
+    def groups(self) -> int:
+        """Query heads of a key/value head."""
+        return self.query // self.kv
+
 
 class KVCache:
-    """Keys and values of `slots` requests: [layer, slot * position, 2K * E]. Slots 0..B-1 are the ones in a step."""
+    """Keys and values of `slots` requests: [layer, slot * position, 2K * E]. Slots 0..B-1 are the ones in a step.
+
+    One row more stands behind them, to write what nobody reads. `static` runs passes of fixed shape, where the device wants them.
+    """
 
     def __init__(self, layers: int, slots: int, positions: int, heads: Heads, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
-        self.slots, self.positions, self.heads = slots, positions, heads
-        self.rows = torch.zeros(layers, slots * positions, 2 * heads.kv * heads.size, device=device, dtype=dtype)
+        self.slots, self.positions, self.heads, self.scratch = slots, positions, heads, slots * positions
+        self.static: StaticPasses | None = None
+        self.rows = torch.zeros(layers, self.scratch + 1, 2 * heads.kv * heads.size, device=device, dtype=dtype)
 
     def move(self, source: int, to: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another, so that running slots stay packed."""
@@ -41,46 +55,6 @@ class KVCache:
         P, heads = self.positions, self.heads
         block = self.rows[layer, first * P : (first + B) * P].view(B, P, 2 * heads.kv, heads.size)[:, :T].transpose(1, 2)
         return block[:, : heads.kv], block[:, heads.kv :]
-
-
-@dataclass(frozen=True)
-class StepGeometry:
-    """Where the rows of one step stand: built once per step, used by every layer. Rows of a slot are neighbours.
-
-    Products run over the N rows alone; attention wants a rectangle, so where slots have different numbers of rows, its queries are padded.
-    """
-
-    first_slot: int
-    B: int
-    W: int                       # rows of the slot that has most
-    T: int                       # cached positions any row may look at
-    cos: Tensor                  # [N, 1, E]
-    sin: Tensor
-    cache_rows: Tensor           # [N] rows of the KV cache to write
-    mask: Tensor | None          # [B, 1, G * W, T] additive; None when every row sees all T positions
-    pad: Tensor | None           # [B * W] row that stands at each place of the rectangle; None when N == B * W
-    unpad: Tensor | None         # [N] place of each row
-
-    @staticmethod
-    def build(positions_N: Tensor, widths: Sequence[int], first_slot: int, cache: KVCache, cos: Tensor, sin: Tensor) -> StepGeometry:
-        """`widths` are the rows of each slot. Rows may look at every cached position up to their own."""
-        B, W, N, device = len(widths), max(widths), len(positions_N), positions_N.device
-        T = int(positions_N.max()) + 1
-        widths_B = torch.tensor(widths, device=device)
-        slots_N = torch.arange(first_slot, first_slot + B, device=device).repeat_interleave(widths_B, output_size=N)
-        pad = unpad = mask = None
-        if B * W > N:
-            ends_B1 = widths_B.cumsum(0).unsqueeze(1)
-            places_BW = torch.arange(W, device=device).expand(B, W)
-            pad = torch.minimum(ends_B1 - widths_B.unsqueeze(1) + places_BW, ends_B1 - 1).flatten()
-            unpad = (places_BW < widths_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
-        if N > 1:
-            positions_BW = (positions_N if pad is None else positions_N[pad]).view(B, W)
-            hidden = torch.arange(T, device=device) > positions_BW.unsqueeze(-1)          # [B, W, T]
-            mask = torch.zeros(B, 1, W, T, device=device).masked_fill_(hidden.unsqueeze(1), float("-inf"))
-            mask = mask.repeat(1, 1, cache.heads.query // cache.heads.kv, 1).to(cache.rows.dtype)
-        return StepGeometry(first_slot, B, W, T, cos[positions_N].unsqueeze(1), sin[positions_N].unsqueeze(1),
-                            slots_N * cache.positions + positions_N, mask, pad, unpad)
 
 
 class DecoderLayer:
@@ -109,7 +83,7 @@ class DecoderLayer:
 
     def attend(self, x_ND: Tensor, cache: KVCache, layer: int, at: StepGeometry) -> Tensor:
         """Self-attention of the step's rows over the cache, which gains their keys and values: [N, in] -> [N, D]."""
-        heads, groups = self.heads, self.heads.query // self.heads.kv
+        heads, groups = self.heads, self.heads.groups
         qkv = self.qkv(x_ND).view(-1, heads.query + 2 * heads.kv, heads.size)
         turned = qkv[:, : heads.query + heads.kv]
         if self.head_norms is not None:

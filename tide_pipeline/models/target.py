@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint as an inference network with a KV cache and layer taps. Knows no draft.
 
-Computes in fp32 on a CPU. `taps` are the outputs of the captured layers, `final` the state after the last norm:
+Computes in fp32 on a CPU, in bf16 on a GPU. `taps` are the outputs of the captured layers, `final` the state after the last norm:
 logits = lm_head · final. families.py says which networks, weights.py in which files.
 """
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from tide_pipeline.config import EngineSpec
 from tide_pipeline.errors import CheckpointError
+from tide_pipeline.models.device import dtype_on, to_device
 from tide_pipeline.models.families import TargetShape, read_shape
-from tide_pipeline.models.layers import DecoderLayer, KVCache, StepGeometry
+from tide_pipeline.models.geometry import StepGeometry, StepRows
+from tide_pipeline.models.layers import DecoderLayer, KVCache
 from tide_pipeline.models.linear import Linear
 from tide_pipeline.models.rope import rotary_tables
+from tide_pipeline.models.static import new_cache
 from tide_pipeline.models.weights import INDEX, WHOLE, read_weights, shard_names
 from tide_pipeline.provenance import digest_files
 
@@ -64,30 +67,44 @@ def read_embeddings(folder: Path, shape: TargetShape) -> tuple[Tensor, Tensor]:
 class Target:
     """The network. Not thread-safe: one engine thread runs it."""
 
-    def __init__(self, folder: Path, spec: EngineSpec) -> None:
-        self.shape = read_shape(folder)
-        self.spec = spec
-        self.digest = engine_digest(folder, spec)
-        layers = spec.capture_layers
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.shape.layers:
-            raise CheckpointError(f"capture_layers {layers} must be ascending layers of the target's {self.shape.layers} (from 0): "
-                                  "fix engine.toml")
-        _check_window(folder, self.shape, spec)
-        weights = _checked_weights(folder, self.shape)
-        self.embedding_VD, self.lm_head_VD = weights[EMBEDDING], weights[LM_HEAD]
-        self.layers = [DecoderLayer(weights, f"model.layers.{i}.", self.shape.heads, self.shape.eps) for i in range(self.shape.layers)]
-        self.input_norms = [weights[f"model.layers.{i}.input_layernorm.weight"] for i in range(self.shape.layers)]
-        self.norm = weights["model.norm.weight"]
+    def __init__(self, folder: Path, spec: EngineSpec, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        shape, digest, device = read_shape(folder), engine_digest(folder, spec), device or torch.device("cpu")
+        _check_layers(shape, spec)
+        _check_window(folder, shape, spec)
+        weights = _checked_weights(folder, shape, device=device, dtype=dtype or dtype_on(device))
+        self._take(shape, spec, digest, weights)
+
+    @classmethod
+    def of(cls, shape: TargetShape, spec: EngineSpec, digest: str, weights: dict[str, Tensor]) -> Target:
+        """From tensors in memory, named and shaped as `weight_shapes` says; `weights` is emptied."""
+        _check_layers(shape, spec)
+        made = cls.__new__(cls)
+        made._take(shape, spec, digest, weights)
+        return made
+
+    def _take(self, shape: TargetShape, spec: EngineSpec, digest: str, weights: dict[str, Tensor]) -> None:
+        """Layer by layer, so that no more than one of them is held twice while its products are fused."""
+        self.shape, self.spec, self.digest = shape, spec, digest
+        self.embedding_VD, self.lm_head_VD = weights.pop(EMBEDDING), weights.pop(LM_HEAD)
+        self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
+        self.norm = weights.pop("model.norm.weight")
+        self.layers, self.input_norms = [], []
+        for prefix in (f"model.layers.{i}." for i in range(shape.layers)):
+            own = {name: weights.pop(name) for name in [name for name in weights if name.startswith(prefix)]}
+            self.layers.append(DecoderLayer(own, prefix, shape.heads, shape.eps))
+            self.input_norms.append(own[f"{prefix}input_layernorm.weight"])
         self.head = Linear(self.lm_head_VD)
-        self.cos, self.sin = rotary_tables(self.shape.rope, self.shape.heads.size, self.shape.max_positions + 16)
+        cos, sin = rotary_tables(shape.rope, shape.heads.size, shape.max_positions + 16)
+        self.cos, self.sin = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
     def new_cache(self, slots: int, positions: int) -> KVCache:
         """Room for `positions` tokens in each slot."""
-        return KVCache(self.shape.layers, slots, positions, self.shape.heads)
+        widest = 1 + self.spec.max_draft_length
+        return new_cache(self._pass, self.shape.layers, slots, positions, self.shape.heads, self.embedding_VD, widest)
 
     @torch.inference_mode()
     def forward(self, ids_BW: Tensor, positions_BW: Tensor, cache: KVCache, first_slot: int = 0) -> tuple[Tensor, Tensor]:
-        """Consume W tokens in each of B slots: returns taps [B, W, G * D] and final states [B, W, D].
+        """Consume W tokens in each of B slots: ids and positions from the host; returns taps [B, W, G * D] and final states [B, W, D].
 
         Rows past a request's real tokens may be fed as padding: later steps overwrite what they leave in the cache.
         """
@@ -99,7 +116,20 @@ class Target:
     def forward_rows(self, ids_N: Tensor, positions_N: Tensor, widths: Sequence[int], cache: KVCache,
                      first_slot: int = 0) -> tuple[Tensor, Tensor]:
         """The same for slots with different numbers of tokens, side by side: widths[b] of them belong to slot first_slot + b."""
-        at = StepGeometry.build(positions_N, widths, first_slot, cache, self.cos, self.sin)
+        if cache.static is not None and cache.static.takes(widths, first_slot):
+            taps_NG, final_ND = cache.static.run(cache, ids_N, positions_N, widths)
+            return taps_NG, final_ND
+        rows = StepRows.build(positions_N, widths, first_slot, cache.positions)
+        return self._pass(cache, rows.to(self.device), to_device(ids_N, self.device))
+
+    @torch.inference_mode()
+    def logits(self, final_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, V]."""
+        return self.head(final_ND)
+
+    def _pass(self, cache: KVCache, rows: StepRows, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """All on the device; reads no value back."""
+        at = StepGeometry.of(rows, self.shape.heads.groups, self.cos, self.sin)
         x = self.embedding_VD[ids_N]
         taps = []
         for i, layer in enumerate(self.layers):
@@ -109,10 +139,10 @@ class Target:
                 taps.append(x)
         return torch.cat(taps, dim=-1), F.rms_norm(x, x.shape[-1:], self.norm, self.shape.eps)
 
-    @torch.inference_mode()
-    def logits(self, final_ND: Tensor) -> Tensor:
-        """[N, D] -> [N, V]."""
-        return self.head(final_ND)
+def _check_layers(shape: TargetShape, spec: EngineSpec) -> None:
+    layers = spec.capture_layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= shape.layers:
+        raise CheckpointError(f"capture_layers {layers} must be ascending layers of the target's {shape.layers} (from 0): fix engine.toml")
 
 
 def _check_window(folder: Path, shape: TargetShape, spec: EngineSpec) -> None:
@@ -122,9 +152,10 @@ def _check_window(folder: Path, shape: TargetShape, spec: EngineSpec) -> None:
                               f"length: set max_context in engine.toml to {shape.window} or less (it is {spec.max_context})")
 
 
-def _checked_weights(folder: Path, shape: TargetShape, only: Collection[str] | None = None) -> dict[str, Tensor]:
+def _checked_weights(folder: Path, shape: TargetShape, only: Collection[str] | None = None, device: torch.device | None = None,
+                     dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A missing, misshapen or unknown tensor (a bias, a scale) would give other logits than the checkpoint's."""
-    weights, wanted = read_weights(folder, only), weight_shapes(shape)
+    weights, wanted = read_weights(folder, only, device, dtype), weight_shapes(shape)
     if shape.tied and EMBEDDING in weights:
         lm_head = weights.setdefault(LM_HEAD, weights[EMBEDDING])
         if not lm_head.equal(weights[EMBEDDING]):

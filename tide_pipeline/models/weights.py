@@ -31,25 +31,26 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_weights(folder: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
-    """All tensors, or those named in `only` as far as they are there, in fp32.
+def read_weights(folder: Path, only: Collection[str] | None = None, device: torch.device | None = None,
+                 dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All tensors, or those named in `only` as far as they are there; on the host and in fp32 if not asked otherwise.
 
     Raises:
         CheckpointError: a file is missing or cut short, a tensor is quantised, stored twice, or not finite.
     """
     weights: dict[str, Tensor] = {}
     for name in shard_names(folder):
-        for tensor_name, tensor in _read_file(folder / name, only).items():
+        for tensor_name, tensor in _read_file(folder / name, only, device, dtype).items():
             if tensor_name in weights:
                 raise CheckpointError(f"{folder}: two shards hold {tensor_name}; fetch the target again")
             weights[tensor_name] = tensor
     return weights
 
 
-def _read_file(file: Path, only: Collection[str] | None) -> dict[str, Tensor]:
+def _read_file(file: Path, only: Collection[str] | None, device: torch.device | None, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as shard:
-            return {name: _plain(file, name, shard.get_tensor(name)) for name in shard.keys()  # noqa: SIM118 (no mapping)
+            return {name: _plain(file, name, shard.get_tensor(name), device, dtype) for name in shard.keys()  # noqa: SIM118 (no mapping)
                     if only is None or name in only}
     except OSError as error:
         raise CheckpointError(f"{file} can't be read: {error}") from error
@@ -57,11 +58,11 @@ def _read_file(file: Path, only: Collection[str] | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
 
 
-def _plain(file: Path, name: str, tensor: Tensor) -> Tensor:
+def _plain(file: Path, name: str, tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
     if tensor.dtype not in PLAIN:
         raise CheckpointError(f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}; the embedded engine serves weights in "
                               "fp32, bf16 and fp16, not quantised ones: fetch the unquantised checkpoint")
-    plain = tensor.to(torch.float32, copy=True)          # a tensor in fp32 would go on pointing into the file
+    plain = tensor.to(device, dtype, copy=True)          # a tensor as it is would go on pointing into the file
     if not torch.isfinite(plain).all():
         raise CheckpointError(f"{file}: {name} holds NaN or infinite values")
     return plain

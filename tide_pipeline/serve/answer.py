@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from tide_pipeline.contracts import FinishReason, TokenChunk
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
 from tide_pipeline.serve.request import Asked
+from tide_pipeline.serve.waits import Waits
 
 
 class ErrorKind(StrEnum):
@@ -44,17 +46,22 @@ class Reply(Protocol):
 class Answer:
     """Called by the engine's thread with each chunk. One response per step when streaming, otherwise exactly one at the end."""
 
-    def __init__(self, asked: Asked, reply: Reply, on_end: Callable[[str], None]) -> None:
-        self.asked, self.reply, self._on_end = asked, reply, on_end
+    def __init__(self, asked: Asked, reply: Reply, on_end: Callable[[str], None], waits: Waits) -> None:
+        self.asked, self.reply, self._on_end, self._waits = asked, reply, on_end, waits
         self._text = ""                # so far: TensorRT-LLM's model streams the text so far too, not its last piece
+        self._has_begun = False
         self.is_closing = False        # set when the engine shuts down
 
     def __call__(self, chunk: TokenChunk) -> None:
         self._text += chunk.text
+        if chunk.token_ids and not self._has_begun:
+            self._has_begun = True
+            self._waits.first_token.observe(time.monotonic() - self.asked.began)
         if chunk.finish_reason is None:
             if self.asked.streaming:
                 self.reply.send({"text_output": self._text}, is_last=False)
             return
+        self._waits.finish(chunk.finish_reason)
         self._on_end(chunk.request_id)             # first: a client that has its answer may use the id again
         self._end(chunk)
 

@@ -1,7 +1,7 @@
 """The Triton model: the only place that joins engine, recorder and draft agent. Imported by the rendered `1/model.py`, in Triton's stub.
 
-Threads: Triton's hands requests over, the engine's sends the responses, the agent's swaps drafts, a watcher frees the slots of clients
-that have left and publishes metrics. Prompts and outputs are never logged.
+Threads: Triton's hands requests over, the engine's answers them, the outbox's sends the responses, the agent's swaps drafts, a watcher
+frees the slots of clients that have left and publishes metrics. Prompts and outputs are never logged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tide_pipeline.serve.answer import ErrorKind, kind_of
 from tide_pipeline.serve.desk import Desk
 from tide_pipeline.serve.metrics import MetricsPublisher
 from tide_pipeline.serve.orphan import before_the_end, is_orphan
+from tide_pipeline.serve.outbox import Outbox
 from tide_pipeline.serve.repository import CONFIG_PARAMETER, REPLICA_PARAMETER, handed_over
 from tide_pipeline.serve.request import parse_request
 from tide_pipeline.serve.tally import TallySink
@@ -44,27 +46,35 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonReply:
     """One request's response sender. tritonserver 2.51 crashes when it is asked `is_cancelled` of a sender whose last response is out."""
 
-    def __init__(self, sender: Any) -> None:
-        self._sender = sender
+    def __init__(self, sender: Any, outbox: Outbox) -> None:
+        self._sender, self._outbox = sender, outbox
         self._lock = threading.Lock()
-        self._is_ended = False
+        self._is_ended = self._is_broken = False
 
     def send(self, outputs: dict[str, str], *, is_last: bool) -> None:
-        tensors = [pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_)) for name, text in outputs.items()]
-        self._send(pb_utils.InferenceResponse(output_tensors=tensors), is_last)
+        def respond() -> Any:
+            return pb_utils.InferenceResponse(
+                output_tensors=[pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_)) for name, text in outputs.items()])
+
+        self._outbox.put(lambda: self._send(respond, is_last))
 
     def fail(self, kind: ErrorKind, message: str) -> None:
-        error = pb_utils.TritonError(f"{kind}: {message}", getattr(pb_utils.TritonError, kind))
-        self._send(pb_utils.InferenceResponse(error=error), is_last=True)
+        def respond() -> Any:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{kind}: {message}", getattr(pb_utils.TritonError, kind)))
+
+        self._outbox.put(lambda: self._send(respond, is_last=True))
 
     def is_cancelled(self) -> bool:
+        """Whether the client has gone, or can't be told anything any more."""
         with self._lock:
-            return not self._is_ended and bool(self._sender.is_cancelled())
+            return not self._is_ended and (self._is_broken or bool(self._sender.is_cancelled()))
 
-    def _send(self, response: Any, is_last: bool) -> None:
+    def _send(self, respond: Callable[[], Any], is_last: bool) -> None:
         with self._lock:
             self._is_ended = self._is_ended or is_last
-            self._sender.send(response, flags=FINAL if is_last else 0)
+            self._is_broken = True
+            self._sender.send(respond(), flags=FINAL if is_last else 0)
+            self._is_broken = False
 
 
 class TritonPythonModel:
@@ -81,6 +91,7 @@ class TritonPythonModel:
         if spec.backend != "embedded":
             raise SettingsError(f"{config.engine_dir}/engine.toml: no engine for backend {spec.backend!r}; there is: embedded")
         self._desk = Desk(handed_over(config.serve))
+        self._outbox = Outbox()
         self._recorder = Recorder(config.capture, config.target, config.state.lake, replica)
         before_the_end(lambda: self._recorder.flush(ORPHAN_FLUSH_S))
         tally = TallySink(self._recorder, self._desk.admitted)
@@ -89,7 +100,8 @@ class TritonPythonModel:
         self._agent.poll()
         self._engine.profile()
         self._agent.publish()
-        self._metrics = MetricsPublisher(pb_utils, self._engine, self._recorder, tally, self._agent, config.target)
+        self._metrics = MetricsPublisher(pb_utils, self._engine, self._recorder, tally, self._desk, self._outbox, self._agent,
+                                         config.target)
         self._stop = threading.Event()
         self._engine.start()
         self._agent.start()
@@ -99,7 +111,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Responses are sent later, by the engine's thread."""
         for request in requests:
-            reply = TritonReply(request.get_response_sender())
+            reply = TritonReply(request.get_response_sender(), self._outbox)
             try:
                 self._take(request, reply)
             except Exception as error:
@@ -115,6 +127,7 @@ class TritonPythonModel:
         self._agent.close()
         self._engine.close()                   # closes the sink: the lake is flushed
         self._watcher.join()
+        self._outbox.close()
         self._agent.publish()
 
     def _take(self, request: Any, reply: TritonReply) -> None:

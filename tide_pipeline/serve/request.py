@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tide_pipeline.contracts import GenerationRequest, SamplingParams
@@ -14,6 +15,8 @@ from tide_pipeline.serve.tensors import INPUTS
 
 DEFAULT_MAX_TOKENS = 32                # TensorRT-LLM's SamplingParams
 RESERVED = {"id", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}    # Triton's own request parameters
+RECEIVED_AT = "tide_received_at"       # the front's own request parameter, Unix seconds
+LONGEST_WAIT_S = 3_600.0               # a stamp that is older, or from the future, is not believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class Asked:
     with_finish_reason: bool
     with_counters: bool
     is_stop: bool                      # cancels the running request of this id
+    began: float = field(default_factory=time.monotonic, compare=False)       # when it arrived, of time.monotonic()
 
 
 class Tensors:
@@ -71,7 +75,8 @@ def parse_request(arrays: Mapping[str, Any], parameters: Mapping[str, Any], *, t
         tenant=tensors.text("tenant", "default"), deadline_s=default_deadline_s if deadline_s is None else deadline_s)
     return Asked(request, streaming=tensors.flag("streaming"), echo=not tensors.flag("sampling_param_exclude_input_from_output"),
                  with_finish_reason=tensors.flag("return_finish_reason"),
-                 with_counters=tensors.flag("sampling_param_return_perf_metrics", default=True), is_stop=tensors.flag("stop"))
+                 with_counters=tensors.flag("sampling_param_return_perf_metrics", default=True), is_stop=tensors.flag("stop"),
+                 began=time.monotonic() - _waited_s(parameters))
 
 
 def _sampling(tensors: Tensors) -> SamplingParams:
@@ -89,8 +94,17 @@ def _sampling(tensors: Tensors) -> SamplingParams:
 def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
     """Triton's generate endpoint makes a request parameter of every JSON key that is no input: a typing error would pass unseen."""
     for name in parameters:
-        if name not in RESERVED and not name.startswith("triton_"):
+        if name not in RESERVED and name != RECEIVED_AT and not name.startswith("triton_"):
             raise unknown_input(name)
+
+
+def _waited_s(parameters: Mapping[str, Any]) -> float:
+    """Between the front and here."""
+    try:
+        waited_s = time.time() - float(parameters[RECEIVED_AT])
+    except (KeyError, ValueError, TypeError):
+        return 0.0
+    return waited_s if 0.0 <= waited_s <= LONGEST_WAIT_S else 0.0
 
 
 def unknown_input(name: str) -> InvalidRequest:

@@ -1,36 +1,57 @@
-"""A sink in front of the recorder that counts acceptance by draft version. Knows events; stores nothing but counts.
+"""A sink in front of the recorder that counts acceptance by draft version, and times tokens. Knows events; stores nothing but counts.
 
-`on_admitted` is told each request that leaves the engine's queue, which is when there is room for another one.
+`on_admitted` is told each request that leaves the engine's queue, which is when there is room for another one. A sink behind it that raises
+is switched off here: the engine would take counts and admissions away with it.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import operator
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent, StepKind
-from tide_pipeline.engine.protocol import Sink
+from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.serve.histogram import Histogram
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Counts:
-    """Request-steps since start. `verify_steps` drafted at least one token."""
+    """Request-steps since start. `verify_steps` drafted at least one token; `by_position[i]` are steps that drafted and accepted there."""
 
     steps: int = 0
     verify_steps: int = 0
     accepted: int = 0
-    accepted_first: int = 0
     emitted: int = 0
+    by_position: tuple[tuple[int, int], ...] = ()
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(self.steps - other.steps, self.verify_steps - other.verify_steps, self.accepted - other.accepted,
-                      self.accepted_first - other.accepted_first, self.emitted - other.emitted)
+        return self._with(other, operator.sub)
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.steps + other.steps, self.verify_steps + other.verify_steps, self.accepted + other.accepted,
-                      self.accepted_first + other.accepted_first, self.emitted + other.emitted)
+        return self._with(other, operator.add)
+
+    def _with(self, other: Counts, do: Callable[[int, int], int]) -> Counts:
+        pairs = itertools.zip_longest(self.by_position, other.by_position, fillvalue=(0, 0))
+        return Counts(do(self.steps, other.steps), do(self.verify_steps, other.verify_steps), do(self.accepted, other.accepted),
+                      do(self.emitted, other.emitted), tuple((do(a[0], b[0]), do(a[1], b[1])) for a, b in pairs))
+
+    def count(self, event: StepEvent) -> None:
+        self.steps += 1
+        self.verify_steps += bool(event.drafted)
+        self.accepted += event.accepted
+        self.emitted += len(event.emitted)
+        if event.drafted:
+            known = self.by_position + ((0, 0),) * (len(event.drafted) - len(self.by_position))
+            self.by_position = tuple((drafted + (i < len(event.drafted)), accepted + (i < event.accepted))
+                                     for i, (drafted, accepted) in enumerate(known))
 
     @property
     def acceptance_length(self) -> float:
@@ -38,17 +59,26 @@ class Counts:
         return 1.0 + self.accepted / self.verify_steps if self.verify_steps else 0.0
 
     @property
+    def position_rates(self) -> list[float]:
+        """[i] = share of the draft tokens at position i that were accepted; 0 where none was drafted."""
+        return [accepted / drafted if drafted else 0.0 for drafted, accepted in self.by_position]
+
+    @property
     def first_position_rate(self) -> float:
-        return self.accepted_first / self.verify_steps if self.verify_steps else 0.0
+        return self.position_rates[0] if self.by_position else 0.0
 
 
 class TallySink:
-    """engine.protocol.Sink. The engine's thread counts; `by_version` may be called from any."""
+    """engine.protocol.Sink. The engine's thread counts; `by_version` and `inter_token` may be read from any."""
 
     def __init__(self, behind: Sink, on_admitted: Callable[[str], None] = lambda request_id: None) -> None:
         self._behind, self._on_admitted = behind, on_admitted
         self._lock = threading.Lock()
         self._by_version: dict[str, Counts] = {}
+        self._last_at: dict[str, float] = {}           # of a running request's last token
+        self.inter_token = Histogram()
+        self.errors = 0                                # of the sink behind
+        self.prefill_s = 0.0                           # in prompt chunks
 
     def by_version(self) -> dict[str, Counts]:
         """Counts so far; steps without a draft are under ""."""
@@ -60,28 +90,40 @@ class TallySink:
 
     def on_open(self, opened: RequestOpened) -> None:
         self._on_admitted(opened.request_id)
-        self._behind.on_open(opened)
+        self._tell(lambda: self._behind.on_open(opened))
 
     def on_step(self, events: Sequence[StepEvent]) -> None:
+        now = time.perf_counter()
         with self._lock:
             for event in events:
-                if event.kind is not StepKind.PREFILL:
-                    self._count(event)
-        self._behind.on_step(events)
+                if event.kind is StepKind.PREFILL:
+                    self.prefill_s += event.step_ms / 1e3
+                else:
+                    self._by_version.setdefault(event.draft_version, Counts()).count(event)
+        for event in events:
+            if event.emitted:
+                self._time(event, now)
+        self._tell(lambda: self._behind.on_step(events))
 
     def on_close(self, closed: RequestClosed) -> None:
-        self._behind.on_close(closed)
+        self._last_at.pop(closed.request_id, None)
+        self._tell(lambda: self._behind.on_close(closed))
 
     def close(self) -> None:
         self._behind.close()
 
-    def _count(self, event: StepEvent) -> None:
-        counts = self._by_version.setdefault(event.draft_version, Counts())
-        counts.steps += 1
-        counts.verify_steps += bool(event.drafted)
-        counts.accepted += event.accepted
-        counts.accepted_first += event.accepted > 0
-        counts.emitted += len(event.emitted)
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:                     # its text could quote a prompt
+            log.error("the capture sink failed (%s): it is switched off, serving goes on without capture", type(error).__name__)
+            self._behind, self.errors = NullSink(), self.errors + 1
+
+    def _time(self, event: StepEvent, now: float) -> None:
+        """A step that gave n tokens counts as n equal gaps: its client had them at once, but reads them as a rate."""
+        if (before := self._last_at.get(event.request_id)) is not None:
+            self.inter_token.observe((now - before) / len(event.emitted), len(event.emitted))
+        self._last_at[event.request_id] = now
 
 
 class Recent:

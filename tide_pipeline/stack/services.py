@@ -103,8 +103,9 @@ def replica(place: Place) -> Service:
 
 
 def front(place: Place) -> Service:
+    """Kept: one that dies comes back on the same port."""
     s = place.config.stack
-    return _service(place, "front", "tide_pipeline.serve.front", "--replicas", str(place.replicas_file),
+    return _service(place, "front", "tide_pipeline.serve.keep", "tide_pipeline.serve.front", "--replicas", str(place.replicas_file),
                     "--state-file", str(place.front_state_file), "--host", s.host, "--port", str(s.front_port), nice=0)
 
 

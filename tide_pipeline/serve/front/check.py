@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tide_pipeline.errors import InvalidRequest
-from tide_pipeline.serve.request import RESERVED, unknown_input
+from tide_pipeline.serve.request import RECEIVED_AT, RESERVED, unknown_input
 from tide_pipeline.serve.tensors import INPUTS
 
 FP32_MAX = 3.4028234663852886e38
@@ -60,14 +60,19 @@ PARAMETER = Kind("a string, a number, true or false",
 INPUT_KINDS = {spec.name: KINDS[spec.data_type] for spec in INPUTS}
 
 
-def check_generate(body: bytes, *, streams: bool) -> Checked:
-    """Raises InvalidRequest, naming the field, what was given and what is expected. `streams`: it came to generate_stream."""
+def check_generate(body: bytes, *, streams: bool, received_at: float | None = None) -> Checked:
+    """Raises InvalidRequest, naming the field, what was given and what is expected. `streams`: it came to generate_stream.
+
+    `received_at` (Unix seconds) is told to the model: what a request waits in Triton's own queue can't be seen from there.
+    """
     members = _parse(body)
     _check(members, is_nested=False)
     flat = {**members.get(NESTED, {}), **members}
     if not streams and _first(flat.get("streaming")) is True:
         raise InvalidRequest("streaming is true, but /generate sends one answer: call /generate_stream, or leave streaming out")
     request_id = flat.get("request_id", flat.get("id", ""))
+    if received_at is not None:
+        members[RECEIVED_AT] = f"{received_at:.6f}"
     return Checked(json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode(), str(_first(request_id) or ""),
                    float(_first(flat.get("deadline_s")) or 0.0))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,14 +96,14 @@ class Visit:
         if CLOSED.fullmatch(request.path):
             raise Refused(403, "this endpoint is closed")
         if runs is None and READS.fullmatch(request.path) is None:
-            raise Refused(404, "no such endpoint: see the first lines of tide_pipeline/serve/front.py")
+            raise Refused(404, "no such endpoint: see the first lines of tide_pipeline/serve/front/__init__.py")
         _allow(request, "POST" if runs else "GET")
         body = await self._read_body(request)
         if runs is None:
             return Job(request)
         if runs[1] == "infer":
             return Job(request, body)
-        checked = check_generate(body, streams=runs[1] == "generate_stream")
+        checked = check_generate(body, streams=runs[1] == "generate_stream", received_at=time.time())
         return Job(request, checked.body, checked.request_id, checked.deadline_s)
 
     async def _read_body(self, request: Request) -> bytes:

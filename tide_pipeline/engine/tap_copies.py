@@ -1,0 +1,140 @@
+"""The tap ring of a GPU: rows are written on the device and copied to the host beside the steps that follow. Knows no requests.
+
+    device    ring of `slots` steps         put: in stream order
+       │      side stream, an event each    ship: begins a copy when a host buffer is free
+    host      two pinned buffers            rows: of a parcel that has arrived and is not released
+
+The engine never waits: events are polled. A slot is free again when its parcel is released. When a sink falls behind by the whole ring,
+the rows of a step are dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tide_pipeline.contracts import TapHandle
+from tide_pipeline.engine.taps import Parcel, TapRing
+
+BUFFERS = 2
+
+
+class Done(Protocol):
+    """Tells when a copy has ended; torch.cuda.Event is one."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Copier(Protocol):
+    """Copies from the device to the host while the device goes on."""
+
+    def room(self, rows: int, width: int) -> Tensor:
+        """Host memory that it can copy to, bf16."""
+        ...
+
+    def start(self, source: Tensor, to: Tensor) -> Done:
+        """Begin after what the device was told so far."""
+        ...
+
+
+class StreamCopier:
+    """A side stream into pinned memory. Has not been run on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def room(self, rows: int, width: int) -> Tensor:
+        return torch.empty(rows, width, dtype=torch.bfloat16, pin_memory=True)
+
+    def start(self, source: Tensor, to: Tensor) -> Done:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        return event
+
+
+class DeviceTapRing(TapRing):
+    """As `TapRing`, with rows on a device. A handle is good from its parcel's arrival to its release."""
+
+    def __init__(self, slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool, device: torch.device,
+                 copier: Copier) -> None:
+        super().__init__(slots, rows, hidden_size, num_taps, with_final, device)
+        self._copier = copier
+        self._host = [copier.room(rows, self.width) for _ in range(BUFFERS)]
+        self._free = list(range(BUFFERS))
+        self._shipped: deque[SlotParcel] = deque()         # no host buffer yet
+        self._busy: dict[int, SlotParcel] = {}             # by slot, from `ship` to `release`
+        self._is_full = False
+
+    def next_slot(self) -> None:
+        following = (self._slot + 1) % self._rows_SRW.shape[0]
+        self._is_full, self._fill = following in self._busy, 0
+        if not self._is_full:
+            self._slot = following
+
+    def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
+        if self._is_full and self.is_read:
+            self.dropped_rows += len(taps_NG)
+            return None
+        return super().put(taps_NG, final_ND)
+
+    def ship(self) -> Parcel | None:
+        if not self._fill:
+            return None
+        parcel = self._busy[self._slot] = SlotParcel(self, self._slot, self._fill)
+        self._shipped.append(parcel)
+        self.begin_copies()
+        return parcel
+
+    def rows(self, handle: TapHandle) -> Tensor:
+        buffer = self._busy[handle.slot].buffer
+        assert buffer is not None
+        return self._host[buffer][handle.start:handle.stop]
+
+    def begin_copies(self) -> None:
+        """In order, as far as there are host buffers."""
+        while self._shipped and self._free:
+            parcel = self._shipped.popleft()
+            parcel.buffer = self._free.pop()
+            parcel.done = self._copier.start(self._rows_SRW[parcel.slot, : parcel.fill], self._host[parcel.buffer][: parcel.fill])
+
+    def free(self, parcel: SlotParcel) -> None:
+        assert parcel.buffer is not None
+        del self._busy[parcel.slot]
+        self._free.append(parcel.buffer)
+        self.begin_copies()
+
+
+class SlotParcel:
+    """What a step wrote to one slot of the ring."""
+
+    def __init__(self, ring: DeviceTapRing, slot: int, fill: int) -> None:
+        self.slot, self.fill = slot, fill
+        self.buffer: int | None = None
+        self.done: Done | None = None
+        self._ring = ring
+
+    def is_ready(self) -> bool:
+        return self.done is not None and self.done.query()
+
+    def wait(self) -> None:
+        """Those shipped before it must have been released: a copy begins when a host buffer is free."""
+        assert self.done is not None
+        self.done.synchronize()
+
+    def release(self) -> None:
+        self._ring.free(self)
+
+
+def tap_ring(slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool, device: torch.device) -> TapRing:
+    """The one that the device wants."""
+    if device.type == "cpu":
+        return TapRing(slots, rows, hidden_size, num_taps, with_final)
+    return DeviceTapRing(slots, rows, hidden_size, num_taps, with_final, device, StreamCopier(device))
