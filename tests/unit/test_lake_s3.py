@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 import time
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,6 +200,13 @@ def test_a_lake_in_another_folder(tmp_path: Path) -> None:
 def test_other_addresses_are_refused(root: str) -> None:
     with pytest.raises(LakeError, match="a folder or s3://bucket/prefix"):
         open_store(root)
+
+
+def test_an_upload_of_several_parts(bucket: Any) -> None:
+    store, data = open_store("s3://lake/tide"), random.Random(0).randbytes(12 * 2**20)
+    put = store.put_bytes("large-{crc:08x}", data)
+    assert store.read_bytes(put.key) == data and put.key == f"large-{zlib.crc32(data):08x}" and len(keys(bucket)) == 1
+    assert bucket.list_multipart_uploads(Bucket="lake").get("Uploads", []) == []
 
 
 def test_a_shard_too_big_for_an_object(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,15 +55,10 @@ def test_a_stub_that_hangs_in_a_call_to_a_dead_server_ends_all_the_same(tmp_path
     """Such a call never returns and keeps Python's lock: no thread of Python's could end the process."""
     server = tmp_path / "tritonserver"                           # by name the watched one: it starts the stub, and dies at once
     server.symlink_to("/bin/sh")
-    stub = ("import ctypes, os, sys; from tide_pipeline.serve import orphan; orphan.STUCK_S = orphan.WATCH_S = 0.2; orphan.watch_parent();"
-            "print(os.getpid(), flush=True); ctypes.PyDLL(None).sleep(600)")
-    parent = subprocess.Popen([server, "-c", f'"{sys.executable}" -c "{stub}" & read -r line'], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert parent.stdout is not None and parent.stderr is not None
-    pid = int(parent.stdout.readline())
-    until(lambda: not Path(f"/proc/{pid}").exists())
-    parent.kill()
-    assert "Timeout" in parent.communicate()[1]
+    stub = ("import ctypes; from tide_pipeline.serve import orphan; orphan.STUCK_S = orphan.WATCH_S = 0.2; orphan.watch_parent();"
+            "ctypes.PyDLL(None).sleep(600)")
+    parent = subprocess.run([server, "-c", f'"{sys.executable}" -c "{stub}" & wait'], capture_output=True, text=True, timeout=60)
+    assert "Timeout" in parent.stderr
 
 
 def test_shared_memory_of_a_starter_that_is_gone_is_removed() -> None:

@@ -27,6 +27,7 @@ from tide_pipeline.errors import LakeError
 Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
 
 MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
+ONE_PUT = 5 * 2**20                        # above it pyarrow makes an upload of several parts
 S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
 S3_ATTEMPTS = 3
 
@@ -127,8 +128,14 @@ class Store:
     def _put_object(self, key: str, data: Any) -> None:
         if data.size > MAX_OBJECT:
             raise LakeError(f"a shard of {data.size} bytes is too big for a bucket (at most {MAX_OBJECT}): lower capture.shard_rows")
-        with self.fs.open_output_stream(self._path(key)) as stream:
-            stream.write(data)
+        try:
+            with self.fs.open_output_stream(self._path(key)) as stream:
+                stream.write(data)
+        except BaseException:
+            if data.size > ONE_PUT:            # pyarrow completes a multipart upload that failed half-way when it closes the stream
+                with contextlib.suppress(OSError):
+                    self.remove(key)
+            raise
 
     def _infos(self, folder: str, recursive: bool) -> list[Any]:
         found: list[Any] = self.fs.get_file_info(fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True))
