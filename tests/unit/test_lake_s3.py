@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto import server
 
 from tests.fakes_capture import ENGINE, HIDDEN, TAPS, TARGET, FakeEngine, make_recorder
 from tide_pipeline.capture import store as store_module
@@ -28,9 +30,6 @@ from tide_pipeline.capture.verify import EngineFacts, verify_acceptance, verify_
 from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.drift.views import query
 from tide_pipeline.errors import LakeError
-
-boto3 = pytest.importorskip("boto3")
-server = pytest.importorskip("moto.server")
 
 FACTS = EngineFacts(ENGINE, HIDDEN, TAPS)
 
