@@ -52,6 +52,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "constant, EMA 0.98": {"schedule": "constant", "ema_decay": 0.98},
         "linear, rate 3e-3": {"schedule": "linear", "learning_rate": 3e-3},
     },
+    "average": {
+        "hold, EMA 0.98": {"schedule": "hold", "ema_decay": 0.98},
+        "constant, EMA 0.98, rate 3e-3": {"schedule": "constant", "ema_decay": 0.98, "learning_rate": 3e-3},
+    },
+    "confirm": {
+        "linear": {"schedule": "linear", "ema_decay": 0.0},
+        "constant, EMA 0.98": {"schedule": "constant", "ema_decay": 0.98},
+        "hold, EMA 0.98": {"schedule": "hold", "ema_decay": 0.98},
+        "hold": {"schedule": "hold", "ema_decay": 0.0},
+    },
 }
 
 

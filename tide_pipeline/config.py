@@ -90,7 +90,7 @@ class TrainingSettings:
     max_steps: int = 100_000
     ttt_steps: int = 3                 # training-time test depth
     learning_rate: float = 2e-3
-    schedule: str = "linear"           # how the rate falls over the budget: linear or cosine (both to zero), constant
+    schedule: str = "linear"           # how the rate falls over the budget: linear, cosine, hold (all to zero), constant
     batch_windows: int = 2             # rows of a batch, over all processes
     accumulate: int = 1                # micro-batches a batch is computed in; running out of memory doubles it
     window_rows: int = 192             # longest slice of a window in one batch row

@@ -94,7 +94,8 @@ def test_patience_ends_a_run_that_does_not_gain(config: TideConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("schedule", "factors"), [
-    ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]), ("cosine", [1.0, 0.8536, 0.5, 0.1464, 0.0]), ("constant", [1.0] * 5)])
+    ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]), ("cosine", [1.0, 0.8536, 0.5, 0.1464, 0.0]), ("hold", [1.0, 1.0, 1.0, 0.625, 0.0]),
+    ("constant", [1.0] * 5)])
 def test_schedules(schedule: str, factors: list[float]) -> None:
     assert [rate_factor(9, share / 4, 4, schedule) for share in range(5)] == pytest.approx(factors, abs=1e-4)
     assert rate_factor(0, 0.0, 4, schedule) == 0.25 and rate_factor(9, 1.5, 4, schedule) == factors[-1]
@@ -105,7 +106,7 @@ def test_the_rate_follows_the_spent_share_of_the_time(config: TideConfig, tmp_pa
     ticks, factors = itertools.count(), []
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.25))
     monkeypatch.setattr(Optimizer, "step", lambda self, factor: factors.append(factor))
-    timed = {"time_budget_s": 5.0, "max_steps": 10_000, "eval_every_steps": 0, "eval_every_s": 1e9, "warmup_steps": 1,
+    timed = {"schedule": "linear", "time_budget_s": 5.0, "max_steps": 10_000, "eval_every_steps": 0, "eval_every_s": 1e9, "warmup_steps": 1,
              "checkpoint_every_s": 1e9}
     train_draft(override(config, {"training": timed}), workload="de", out_dir=tmp_path)
     assert factors == pytest.approx([1 - 0.05 * step for step in range(20)])

@@ -11,9 +11,11 @@ from torch import nn
 from tide_pipeline.config import TrainingSettings
 
 OPTIMIZERS = ("adamw", "muon")
+HELD = 0.6                         # part of the budget that "hold" keeps the full rate for, before it falls linearly to zero
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1.0 - share,
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "hold": lambda share: min(1.0, (1.0 - share) / (1.0 - HELD)),
     "constant": lambda share: 1.0,
 }
 
