@@ -82,20 +82,26 @@ class TrainingSettings:
     """One training cycle of the draft."""
 
     device: str = "cpu"
-    threads: int = 1
+    train_devices: tuple[str, ...] = ()    # one process on each, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; () is one on `device`
+    threads: int = 1                   # of each process
     nice: int = 5
-    time_budget_s: float = 75.0
+    time_budget_s: float = 75.0        # 0 is none: a run is then exact to the last bit, by steps
     max_steps: int = 100_000
     ttt_steps: int = 3                 # training-time test depth
     learning_rate: float = 2e-3
-    batch_windows: int = 2
+    schedule: str = "linear"           # how the rate falls over the budget: linear or cosine (both to zero), constant
+    batch_windows: int = 2             # rows of a batch, over all processes
+    accumulate: int = 1                # micro-batches a batch is computed in; running out of memory doubles it
     window_rows: int = 192             # longest slice of a window in one batch row
     soft_share: float = 0.5            # weight of the soft (KL) loss; the rest is hard CE
+    accept_share: float = 0.0          # weight of the acceptance-direct loss (1 - sum min(p, q)); the rest is the above
     step_decay: float = 0.9            # loss weight per TTT step
     replay_share: float = 0.4          # of batches, from the replay set (other workloads, older windows)
     eval_share: float = 0.12           # of prompts, held out with all their requests
     eval_every_s: float = 10.0
-    checkpoint_every_s: float = 15.0
+    patience: int = 0                  # evaluations without a gain after which a run stops early; 0 is never
+    ema_decay: float = 0.0             # of averaged weights, evaluated beside the live ones and exported when better; 0 is off
+    checkpoint_every_s: float = 15.0   # 0 is after every step
     max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
     seed: int = 0
     optimizer: str = "adamw"           # adamw, or muon: Muon for the layer's matrices, AdamW for the rest
@@ -115,8 +121,10 @@ class GateSettings:
     """What a challenger must show."""
 
     draft_length: int = 3
-    min_gain: float = 0.05             # acceptance length, lower end of the 95 % interval, on the drifted workload
-    max_workload_loss: float = 0.15    # acceptance length, any other workload
+    windows: int = 96                  # held-out windows of each workload: the newest, one of every prompt before a second of any
+    min_gain: float = 0.05             # acceptance length on the drifted workload, as estimated
+    min_gain_low: float = 0.0          # the same, lower end of its 95 % interval; a negative min_gain lowers this too
+    max_workload_loss: float = 0.15    # acceptance length, any other workload, as estimated; none of them may surely lose half as much
     min_prompts: int = 8               # different held-out ones; a workload with fewer is not judged
     bootstrap: int = 1_000
     bench_prompts: int = 8

@@ -7,17 +7,20 @@ from hypothesis import strategies as st
 
 from tests.fakes_training import made_up
 from tide_pipeline.training.acceptance import walk
-from tide_pipeline.training.batches import NO_LABEL, Sampler
+from tide_pipeline.training.batches import NO_LABEL, Sampler, labelled_rows
 
 
 @given(st.lists(st.integers(8, 70), min_size=1, max_size=6), st.integers(1, 3), st.integers(16, 64), st.floats(0, 1), st.integers(0, 9))
 def test_packed_rows_are_the_windows_rows(lengths: list[int], batch_rows: int, width: int, share: float, step: int) -> None:
     windows = [made_up(f"r{i}", rows, start_pos=i * 5) for i, rows in enumerate(lengths)]
     by_id = {w.window.request_id: w for w in windows}
-    batch = Sampler(windows, windows[:1], batch_rows, width, share, seed=1).batch(step)
+    sampler = Sampler(windows, windows[:1], batch_rows, width, share, seed=1)
+    batch = sampler.batch(step)
+    offsets = batch.offsets_BT[batch.labels_BT != NO_LABEL]
+    assert labelled_rows(sampler.slices(step), 3) == [int((offsets >= j).sum()) for j in range(3)]
     assert batch.next_ids_BT.shape == (batch_rows, width) and batch.num_rows > 0
     for b, t in (batch.segments_BT >= 0).nonzero().tolist():
-        w = by_id[batch.requests[b][int(batch.segments_BT[b, t])]]
+        w = by_id[batch.windows[b][int(batch.segments_BT[b, t])].request_id]
         row = int(batch.positions_BT[b, t]) - w.window.start_pos
         assert batch.taps_BTG[b, t].equal(w.taps_TG[row]) and batch.next_ids_BT[b, t] == w.token_ids[row + 1]
         last = row == len(w.taps_TG) - 1

@@ -38,8 +38,10 @@ def test_a_better_draft_passes_every_door() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"gain_low": 0.049}, "lower end is below 0.05"),
+    ({"gain_low": -0.001}, "lower end is below 0.00"),
     ({"gain_low": math.nan}, "lower end is below"),
+    ({"gain": 0.04, "gain_low": 0.03}, "it is below 0.05"),
+    ({"gain": math.nan}, "it is below 0.05"),
     ({"prompts": 7}, "7 held-out prompts, at least 8"),
 ])
 def test_a_gain_that_is_not_certain_is_refused(change: dict[str, float], says: str) -> None:
@@ -57,6 +59,23 @@ def test_no_other_workload_may_lose() -> None:
     assert offline_door(with_py(-0.14), SETTINGS, "de")["passed"]
     few = offline_door(with_py(-0.9, prompts=7), SETTINGS, "de")
     assert few["passed"] and few["unjudged_workloads"] == ["py"]
+
+
+def test_a_workload_that_surely_loses_may_lose_half_as_much() -> None:
+    def door(low: float, gain: float, high: float) -> dict[str, object]:
+        py = {"gain": gain, "gain_low": low, "gain_high": high, "prompts": 40.0}
+        return offline_door(dataclasses.replace(GOOD, by_workload={"py": py}), SETTINGS, "de")
+
+    assert not door(-0.14, -0.10, -0.06)["passed"] and "py -0.10 [-0.14, -0.06]" in str(door(-0.14, -0.10, -0.06)["reason"])
+    assert door(-0.14, -0.10, 0.01)["passed"] and door(-0.09, -0.05, -0.01)["passed"]
+    unsure = door(-0.40, -0.10, 0.20)
+    assert unsure["passed"] and unsure["unsure_workloads"] == ["py"] and "not certain to lose less than 0.15: py" in str(unsure["reason"])
+
+
+def test_a_gate_that_allows_a_loss_asks_for_no_certain_gain() -> None:
+    loose = dataclasses.replace(SETTINGS, min_gain=-0.5)
+    lost = dataclasses.replace(GOOD, gain=-0.2, gain_low=-0.4)
+    assert offline_door(lost, loose, "de")["passed"] and not offline_door(lost, SETTINGS, "de")["passed"]
 
 
 def test_slower_within_the_noise_passes_and_slower_beyond_it_does_not() -> None:
@@ -116,5 +135,5 @@ def test_a_verdict_is_its_doors(gain_low: float, other: float, prompts: int, spe
     assert found.passed == all(door["passed"] for door in found.doors.values())
     assert all(isinstance(door["passed"], bool) and door["reason"] for door in found.doors.values())
     if found.passed:
-        assert gain_low >= SETTINGS.min_gain and prompts >= 8 and other >= -SETTINGS.max_workload_loss and timed >= 4 and not wrong
+        assert gain_low >= SETTINGS.min_gain_low and prompts >= 8 and other >= -SETTINGS.max_workload_loss and timed >= 4 and not wrong
         assert low <= speedup

@@ -144,8 +144,8 @@ def test_the_interval_covers_the_truth_at_its_rate() -> None:
 
 
 def test_held_out_states_come_from_the_lake(config: TideConfig, target: Target) -> None:
-    config = override(config, {"training": {"eval_share": 0.3}})
+    config = override(config, {"training": {"eval_share": 0.3}, "gate": {"windows": 3}})
     to_lake(config, captured(target, "py", 20) + captured(target, "de", 20, seed=1))
-    head, states = held_out_states(config, "de", per_workload=3)
+    head, states = held_out_states(config, "de")
     assert head.digest == target.digest
     assert sorted({s.window.workload for s in states}) == ["de", "py"] and len(states) == 6

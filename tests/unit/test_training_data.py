@@ -129,11 +129,11 @@ def test_batches_depend_on_seed_and_step_alone_and_mix_replay_evenly(config: Tid
     sampler, again = Sampler(focus, replay, 2, 40, 0.25, 7), Sampler(focus, replay, 2, 40, 0.25, 7)
     assert sampler.batch(5).next_ids_BT.equal(again.batch(5).next_ids_BT)
     assert not sampler.batch(5).next_ids_BT.equal(sampler.batch(6).next_ids_BT)
-    drawn = [row[0].split("-")[0] for step in range(20) for row in sampler.batch(step).requests]
+    drawn = [row[0].request_id.split("-")[0] for step in range(20) for row in sampler.batch(step).windows]
     assert drawn.count("py") == 10 and len(drawn) == 40
     for step in range(0, 20, 2):                                                  # one in four, never two rows of four without
-        rows = sampler.batch(step).requests + sampler.batch(step + 1).requests
-        assert [row[0].split("-")[0] for row in rows].count("py") == 1
+        rows = sampler.batch(step).windows + sampler.batch(step + 1).windows
+        assert [row[0].request_id.split("-")[0] for row in rows].count("py") == 1
 
 
 def test_only_the_heads_tensors_are_needed(config: TideConfig, tmp_path: Path) -> None:

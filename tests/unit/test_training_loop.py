@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.fakes_training import captured, open_target, tiny_engine, to_lake
 from tide_pipeline.config import TideConfig, override
@@ -64,45 +63,13 @@ def test_a_cycle_learns_and_leaves_a_draft_with_its_birth_certificate(config: Ti
     assert warm.acceptance_length >= made.acceptance_length - 0.1                # never worse than its start on the same windows
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_ends_where_an_unkilled_one_does(config: TideConfig, tmp_path: Path, optimizer: str) -> None:
-    config = override(config, {"training": {"optimizer": optimizer}})
-    whole = train_draft(config, workload="de", out_dir=tmp_path / "whole")
-    stop, _ = stop_after(13)
-    with pytest.raises(TrainingInterrupted, match="step 13"):
-        train_draft(config, workload="de", out_dir=tmp_path / "cut", should_stop=stop)
-    again, _ = stop_after(4)
-    with pytest.raises(TrainingInterrupted, match="step 17"):
-        train_draft(config, workload="de", out_dir=tmp_path / "cut", should_stop=again)
-    resumed = train_draft(config, workload="de", out_dir=tmp_path / "cut")
-    assert resumed.digest == whole.digest
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(a[name].equal(b[name]) for name in a)
-
-
 def test_an_unfinished_run_of_other_settings_is_not_taken_up(config: TideConfig, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         train_draft(config, workload="de", out_dir=tmp_path, should_stop=lambda: True)
-    with pytest.raises(TrainingFailed, match="unfinished run with other settings"):
+    with pytest.raises(TrainingFailed, match=r"unfinished run with other settings\.seed"):
         train_draft(override(config, {"training": {"seed": 5}}), workload="de", out_dir=tmp_path)
     (tmp_path / "resume.safetensors").write_bytes(b"torn")
     with pytest.raises(TrainingFailed, match="can't be resumed"):
-        train_draft(config, workload="de", out_dir=tmp_path)
-
-
-def test_a_window_that_is_not_finite_is_named(config: TideConfig, tmp_path: Path) -> None:
-    config = override(config, {"state_dir": str(tmp_path / "state"), "training": {"eval_share": 0.3, "replay_share": 0.0}})
-    windows = captured(open_target(config), "de", 12)
-    bad = next(w for w in windows if w.window.request_id == "de-0-3")
-    bad.taps_TG[5, 7] = float("nan")
-    to_lake(config, windows)
-    with pytest.raises(TrainingFailed, match=r"loss nan at step \d+.*request de-0-3: delete"):
-        train_draft(config, workload="de", out_dir=tmp_path / "out")
-
-
-def test_an_exploding_loss_stops_the_run(config: TideConfig, tmp_path: Path) -> None:
-    config = override(config, {"training": {"learning_rate": 50.0, "max_steps": 200, "clip_norm": 0.0}})
-    with pytest.raises(TrainingFailed, match=r"lower training\.learning_rate"):
         train_draft(config, workload="de", out_dir=tmp_path)
 
 
@@ -169,4 +136,21 @@ def test_progress_survives_a_reader_at_any_time(tmp_path: Path) -> None:
         printer.show(progress)
         assert json.loads((tmp_path / "progress.json").read_text())["step"] == step
     printer.show(dataclasses.replace(progress, stage="saving"))
-    assert len(lines) == 2 and "acceptance 2.50 (started at 1.70)" in lines[0] and lines[1].startswith("saving")
+    assert len(lines) == 2 and "acceptance 2.50 (started at 1.70, best" in lines[0] and lines[1].startswith("saving")
+
+
+def test_the_bar_shows_what_the_line_says() -> None:
+    import io
+
+    from rich.console import Console
+
+    from tide_pipeline.training.progress import BarViewer
+
+    screen = io.StringIO()
+    bar = BarViewer(Console(file=screen, force_terminal=True, width=200))
+    progress = TrainProgress("training", "de", step=12, share=0.25, loss=3.21, acceptance=2.5, best_acceptance=2.6, start_acceptance=1.7,
+                             rows_per_s=1234.0, time_left_s=30)
+    bar.show(progress)
+    bar.close()
+    assert progress.facts in screen.getvalue() and "25%" in screen.getvalue()
+    assert progress.facts == "step 12, loss 3.210, acceptance 2.50 (started at 1.70, best 2.60), 1,234 tokens/s, 30 s left"

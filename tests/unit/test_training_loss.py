@@ -34,8 +34,8 @@ def slow_loss(draft: Eagle3Draft, batch: Batch, target: Target, w: LossWeights) 
     total = torch.zeros(())
     for j in range(w.ttt_steps):
         logp_BTU = draft.lm_head(draft.norm(unroll.step(batch.next_ids_BT))).log_softmax(-1)
-        rows = []
-        for b, t in (batch.labels_BT != NO_LABEL).nonzero().tolist():
+        rows, labelled = [], (batch.labels_BT != NO_LABEL).nonzero().tolist()
+        for b, t in labelled:
             label, s = int(batch.labels_BT[b, t]), 0.0
             if batch.teacher_BTD is not None:
                 teacher_V = target.lm_head_VD @ batch.teacher_BTD[b, t].float()
@@ -44,17 +44,22 @@ def slow_loss(draft: Eagle3Draft, batch: Batch, target: Target, w: LossWeights) 
             if label not in ids.tolist() or batch.offsets_BT[b, t] < j:
                 continue
             row = -(1 - s) * logp_BTU[b, t, ids.tolist().index(label)]
-            rows.append(row + s * F.kl_div(logp_BTU[b, t], q_U, reduction="sum") if s else row)
-        total = total + w.step_decay**j * torch.stack(rows).mean()
+            row = row + s * F.kl_div(logp_BTU[b, t], q_U, reduction="sum") if s else row
+            wanted_U = (1 - s) * F.one_hot(torch.tensor(ids.tolist().index(label)), len(ids)) + (s * q_U if s else 0.0)
+            direct = 1 - torch.minimum(logp_BTU[b, t].exp(), wanted_U).sum()
+            rows.append((1 - w.accept_share) * row + w.accept_share * direct)
+        total = total + w.step_decay**j * torch.stack(rows).sum() / sum(int(batch.offsets_BT[b, t]) >= j for b, t in labelled)
     return total
 
 
 @pytest.mark.parametrize("soft_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("vocabulary", [None, 40])
 @pytest.mark.parametrize("with_final", [True, False])
-def test_loss_and_gradient_are_those_of_the_formula(target: Target, soft_share: float, vocabulary: int | None, with_final: bool) -> None:
+@pytest.mark.parametrize("accept_share", [0.0, 0.4, 1.0])
+def test_loss_and_gradient_are_those_of_the_formula(target: Target, soft_share: float, vocabulary: int | None, with_final: bool,
+                                                    accept_share: float) -> None:
     ids = None if vocabulary is None else torch.randperm(64, generator=torch.Generator().manual_seed(1))[:vocabulary].sort().values
-    draft, weights = random_draft(target.shape, vocabulary=ids), LossWeights(3, soft_share, 0.8)
+    draft, weights = random_draft(target.shape, vocabulary=ids), LossWeights(3, soft_share, 0.8, accept_share)
     batch = a_batch(target, with_final)
     losses, gradients = [], []
     for loss in (ttt_loss(draft, batch, target.embedding_VD, target.lm_head_VD, weights), slow_loss(draft, batch, target, weights)):

@@ -32,8 +32,11 @@ def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> li
 
 
 def training_environment(config: TideConfig, adaptation: Adaptation, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings frozen beside the draft, and a process that sees its own device only, as number 0."""
+    """Settings frozen beside the draft, and a process that sees its own device only, as number 0; with `train_devices` it sees all."""
     device = config.training.device
+    if any(name.startswith("cuda") for name in config.training.train_devices):
+        freeze(config, adaptation.folder / "settings.toml")
+        return {"TIDE_CONFIG": str(adaptation.folder / "settings.toml")}
     on_gpu = device.startswith("cuda")
     file = adaptation.folder / "settings.toml"
     freeze(override(config, {"training": {"device": "cuda"}}) if on_gpu else config, file)

@@ -21,8 +21,11 @@ from tide_pipeline import recipes
 from tide_pipeline.config import TideConfig, TrainingSettings, override
 from tide_pipeline.contracts import DraftCheckpoint, to_json
 from tide_pipeline.errors import TideError
+from tide_pipeline.training.checks import check
+from tide_pipeline.training.launch import STOPPED, is_launched, launch
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
-from tide_pipeline.training.progress import BarViewer, FileViewer, LineViewer, TrainProgress, Viewer
+from tide_pipeline.training.progress import BarViewer, FileViewer, LastViewer, LineViewer, TrainProgress, Viewer
+from tide_pipeline.training.team import Team, team_of_environment
 
 PR_SET_PDEATHSIG = 1
 
@@ -31,27 +34,50 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         config = _config(args)
+        settings = config.training
+        if len(settings.train_devices) > 1 and not is_launched():
+            check(settings, len(settings.train_devices))
+            return launch(len(settings.train_devices), sys.argv[1:] if argv is None else argv)
         stop = _Stop()
-        _take_share(config.training)
-        with _pipes() as pipes:
-            viewers = _viewers(args, pipes)
-            try:
-                checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
-                                         focus_since=args.focus_since, progress=lambda p: _show(viewers, p), should_stop=lambda: stop.asked)
-            finally:
-                for viewer in viewers:
-                    viewer.close()
-            if pipes is not None:
-                pipes.report_asset_materialization(metadata=_metadata(checkpoint))
+        _take_share(settings)
+        team = team_of_environment(settings.train_devices, settings.device)
+        try:
+            checkpoint = _train(args, config, team, stop)
+        finally:
+            team.close()
     except TrainingInterrupted as stopped:
-        print(stopped, file=sys.stderr)  # noqa: T201
-        return 130
+        _complain(str(stopped))
+        return STOPPED
     except TideError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        _complain(f"{type(error).__name__}: {error}")
         return 1
+    if not team.is_first:
+        return 0
     print(to_json(checkpoint) if args.json else f"draft {checkpoint.digest[:12]} in {checkpoint.path}: acceptance length "  # noqa: T201
           f"{checkpoint.acceptance_length:.2f} after {checkpoint.steps} steps, {checkpoint.train_s:.0f} s")
     return 0
+
+
+def _train(args: argparse.Namespace, config: TideConfig, team: Team, stop: _Stop) -> DraftCheckpoint:
+    """The run, told about on the screen and to Dagster; by the first process of a team only."""
+    with _pipes() if team.is_first else contextlib.nullcontext() as pipes:
+        last = LastViewer()
+        viewers = [*_viewers(args, pipes), last] if team.is_first else []
+        try:
+            checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
+                                     focus_since=args.focus_since, progress=lambda p: _show(viewers, p),
+                                     should_stop=lambda: stop.asked, team=team)
+        finally:
+            for viewer in viewers:
+                viewer.close()
+        if pipes is not None:
+            pipes.report_asset_materialization(metadata=_metadata(checkpoint, last.progress))
+        return checkpoint
+
+
+def _complain(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"[process {rank}] {text}" if rank != "0" else text, file=sys.stderr)  # noqa: T201
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,9 +155,10 @@ def _show(viewers: list[Viewer], progress: TrainProgress) -> None:
         viewer.show(progress)
 
 
-def _metadata(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+def _metadata(checkpoint: DraftCheckpoint, last: TrainProgress) -> dict[str, Any]:
     """Plain numbers, which Dagster plots over time."""
-    return {"acceptance_length": checkpoint.acceptance_length, "train_s": checkpoint.train_s, "steps": checkpoint.steps,
+    return {"acceptance_length": checkpoint.acceptance_length, "start_acceptance_length": last.start_acceptance, "loss": last.loss,
+            "tokens_per_s": last.rows_per_s, "train_s": checkpoint.train_s, "steps": checkpoint.steps,
             "steps_per_s": checkpoint.steps / max(checkpoint.train_s, 1e-9),
             "windows": checkpoint.num_windows, "rows": checkpoint.num_rows,
             "digest": checkpoint.digest, "path": checkpoint.path, "parent": checkpoint.parent}

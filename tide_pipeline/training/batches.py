@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.contracts import SignalWindow
 
 NO_LABEL = -1
 MIN_SLICE = 16                     # shorter crops teach a draft that has lost its context
@@ -34,7 +35,7 @@ class Batch:
     positions_BT: Tensor           # rotary position
     segments_BT: Tensor            # which slice a row belongs to; -1 for padding
     offsets_BT: Tensor             # row number inside its slice
-    requests: tuple[tuple[str, ...], ...]     # [b][segment]: whose rows these are
+    windows: tuple[tuple[SignalWindow, ...], ...]     # [b][segment]: where its rows come from
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
@@ -54,6 +55,11 @@ class Slice:
     start: int
     rows: int
 
+    @property
+    def num_labelled(self) -> int:
+        """Rows with a label: all but the last row of a window."""
+        return min(self.start + self.rows, len(self.states.taps_TG) - 1) - self.start
+
 
 def pack(rows: Sequence[Sequence[Slice]], width: int) -> Batch:
     """Lay slices side by side: one inner sequence per batch row, at most `width` token rows each."""
@@ -67,7 +73,7 @@ def pack(rows: Sequence[Sequence[Slice]], width: int) -> Batch:
         at = 0
         for segment, cut in enumerate(slices):
             s, e = cut.start, cut.start + cut.rows
-            labelled = min(e, len(cut.states.taps_TG) - 1) - s               # the last row of a window has no label
+            labelled = cut.num_labelled
             here = slice(at, at + cut.rows)
             taps[b, here] = cut.states.taps_TG[s:e]
             ids[b, here] = cut.states.token_ids[s + 1 : e + 1]
@@ -79,8 +85,13 @@ def pack(rows: Sequence[Sequence[Slice]], width: int) -> Batch:
             positions[b, here] = cut.states.window.start_pos + s + offsets[b, here]
             segments[b, here] = segment
             at += cut.rows
-    requests = tuple(tuple(cut.states.window.request_id for cut in slices) for slices in rows)
-    return Batch(taps, ids, labels, teacher, positions, segments, offsets, requests)
+    windows = tuple(tuple(cut.states.window for cut in slices) for slices in rows)
+    return Batch(taps, ids, labels, teacher, positions, segments, offsets, windows)
+
+
+def labelled_rows(rows: Sequence[Sequence[Slice]], depths: int) -> list[int]:
+    """How many rows have a label at depth 0, 1, ...: row t of depth j needs an anchor, row t-j of its slice."""
+    return [sum(max(cut.num_labelled - j, 0) for slices in rows for cut in slices) for j in range(depths)]
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,15 @@ class Sampler:
     replay_share: float
     seed: int
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`. Over any run of steps, `replay_share` of the batch rows are replay, as evenly as can be."""
+    def slices(self, step: int) -> list[list[Slice]]:
+        """The batch of `step`, row by row. Over any run of steps, `replay_share` of the rows are replay, as evenly as can be."""
         chance = random.Random(f"{self.seed}/{step}")                       # noqa: S311 - not for secrets
         first = step * self.batch_rows
-        return pack([self._fill(self._pool(first + b), chance) for b in range(self.batch_rows)], self.window_rows)
+        return [self._fill(self._pool(first + b), chance) for b in range(self.batch_rows)]
+
+    def batch(self, step: int) -> Batch:
+        """The same, packed."""
+        return pack(self.slices(step), self.window_rows)
 
     def _pool(self, n: int) -> Sequence[WindowStates]:
         if not self.replay or not self.focus:

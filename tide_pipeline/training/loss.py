@@ -1,18 +1,23 @@
 """The training loss: what the target would emit, at every depth of the unrolled draft. Knows no optimizer.
 
-    L = sum_j decay^j / N_j  sum_rows  (1 - s) CE(label, p_j) + s KL(q || p_j)
+    L = sum_j decay^j / N_j  sum_rows  (1 - a) [(1 - s) CE(label, p_j) + s KL(q || p_j)] + a [1 - sum_x min(p_j, m)]
 
 q = softmax(lm_head · f_{t+1}) is the target's distribution for the token after row t+1, the label its argmax (what a
 greedy target emits); where the engine stored no final states the label is the captured token and s = 0. With a reduced
-draft vocabulary q is renormalised on it, and rows whose label lies outside are left out.
+draft vocabulary q is renormalised on it, and rows whose label lies outside count as zero.
 
-CE and KL share their logits: with m = (1 - s) onehot(label) + s q their sum is logsumexp(z) - m · z - s H(q).
+CE and KL share their logits: with m = (1 - s) onehot(label) + s q their sum is logsumexp(z) - m · z - s H(q). The last
+term is acceptance-direct: sum_x min(p, q) is the probability that speculative sampling accepts a token drawn from p, one minus
+the total variation. Its gradient in the logits is p (A - I), where I = [p < m] and A = p · I.
+
+N_j counts all labelled rows of the whole batch at depth j, so that parts of a batch (micro-batches, other processes) add up to it.
 
 B = batch rows, T = token rows, M = labelled rows, D = hidden size, V = target vocabulary, U = draft vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +36,7 @@ class LossWeights:
     ttt_steps: int
     soft_share: float
     step_decay: float
+    accept_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,34 +81,49 @@ def make_targets(batch: Batch, draft: Eagle3Draft, lm_head_VD: Tensor, soft_shar
 
 
 class MixtureLoss(torch.autograd.Function):
-    """sum_rows w (logsumexp(z) - m · z), with its gradient w (softmax(z) - m) made on the way forward."""
+    """sum_rows w [(1 - a) (logsumexp(z) - m · z) + a (1 - sum min(p, m))], with its gradient made on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, z_MU: Tensor, mixture_MU: Tensor, weight_M: Tensor) -> Tensor:
+    def forward(ctx: Any, z_MU: Tensor, mixture_MU: Tensor, weight_M: Tensor, accept_share: float) -> Tensor:
         z_MU = z_MU.float() if z_MU.dtype != torch.float32 else z_MU.clone()
         lse_M1 = torch.logsumexp(z_MU, -1, keepdim=True)
-        loss_M = lse_M1.squeeze(1) - torch.linalg.vecdot(mixture_MU, z_MU)
-        ctx.save_for_backward(z_MU.sub_(lse_M1).exp_().sub_(mixture_MU).mul_(weight_M.unsqueeze(1)))
+        loss_M = (1 - accept_share) * (lse_M1.squeeze(1) - torch.linalg.vecdot(mixture_MU, z_MU))
+        p_MU = z_MU.sub_(lse_M1).exp_()
+        direct_MU = None
+        if accept_share > 0:
+            loss_M += accept_share * (1 - torch.minimum(p_MU, mixture_MU).sum(-1))
+            short_MU = p_MU * (p_MU < mixture_MU)
+            direct_MU = accept_share * (p_MU * short_MU.sum(-1, keepdim=True) - short_MU)
+        gradient_MU = p_MU.sub_(mixture_MU).mul_(1 - accept_share)
+        if direct_MU is not None:
+            gradient_MU += direct_MU
+        ctx.save_for_backward(gradient_MU.mul_(weight_M.unsqueeze(1)))
         total: Tensor = (weight_M * loss_M).sum()
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
         (gradient_MU,) = ctx.saved_tensors
-        return gradient_MU * grads[0], None, None
+        return gradient_MU * grads[0], None, None, None
 
 
-def ttt_loss(draft: Eagle3Draft, batch: Batch, embedding_VD: Tensor, lm_head_VD: Tensor, weights: LossWeights) -> Tensor:
-    """The loss of one batch, a scalar that can be differentiated. Zero when no row of the batch has a label."""
+def ttt_loss(draft: Eagle3Draft, batch: Batch, embedding_VD: Tensor, lm_head_VD: Tensor, weights: LossWeights,
+             num_rows: Sequence[int] | None = None) -> Tensor:
+    """The loss of one batch, a scalar that can be differentiated. Zero when no row of the batch has a label.
+
+    `num_rows` is N_j where `batch` is only a part of what an update sees (`batches.labelled_rows`); by default its own rows count.
+    """
     targets = make_targets(batch, draft, lm_head_VD, weights.soft_share)
     offsets_M = batch.offsets_BT.flatten()[targets.rows_M]
+    if num_rows is None:
+        labelled = batch.offsets_BT[batch.labels_BT != NO_LABEL]
+        num_rows = [int((labelled >= j).sum()) for j in range(weights.ttt_steps)]
     unroll = Unroll(draft, embedding_VD, batch.taps_BTG, batch.positions_BT, batch.segments_BT)
     total = torch.zeros((), device=offsets_M.device)
     for j in range(weights.ttt_steps):
         states_MD = unroll.step(batch.next_ids_BT).flatten(0, 1)[targets.rows_M]
-        valid_M = (offsets_M >= j).float()                                   # row t of step j needs an anchor, row t-j
-        weight_M = valid_M * (weights.step_decay**j / valid_M.sum().clamp(min=1))
+        weight_M = (offsets_M >= j) * (weights.step_decay**j / max(num_rows[j], 1))      # row t of step j needs an anchor, row t-j
         logits_MU = draft.lm_head(draft.norm(states_MD))
-        total = total + MixtureLoss.apply(logits_MU, targets.mixture_MU, weight_M)  # type: ignore[no-untyped-call]
-        total = total - (weight_M * targets.entropy_M).sum()
+        total = total + MixtureLoss.apply(logits_MU, targets.mixture_MU, weight_M, weights.accept_share)  # type: ignore[no-untyped-call]
+        total = total - (1 - weights.accept_share) * (weight_M * targets.entropy_M).sum()
     return total

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from tide_pipeline.config import TrainingSettings
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "constant": lambda share: 1.0,
+}
 
 
 class Optimizer:
@@ -44,6 +54,6 @@ class Optimizer:
                     part.state[p] = {name.removeprefix(prefix): t.clone() for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def rate_factor(step: int, share: float, warmup_steps: int) -> float:
-    """Linear warm-up over the first steps; linear to zero over the budget (`share` = what is used of it)."""
-    return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - share)
+def rate_factor(step: int, share: float, warmup_steps: int, schedule: str = "linear") -> float:
+    """Linear warm-up over the first steps, then what the schedule says of the budget; `share` is the spent part of it, time or steps."""
+    return min(1.0, (step + 1) / max(warmup_steps, 1)) * SCHEDULES[schedule](min(share, 1.0))

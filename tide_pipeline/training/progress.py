@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tide_pipeline.provenance import write_json
 
@@ -22,18 +22,23 @@ class TrainProgress:
     workload: str
     step: int = 0
     share: float = 0.0             # of the budget, 0 .. 1
-    loss: float = 0.0              # mean since the last evaluation
+    loss: float = 0.0              # exponential mean over about 20 steps
     acceptance: float = 0.0        # offline acceptance length on held-out requests; 0 before the first evaluation
     best_acceptance: float = 0.0
     start_acceptance: float = 0.0  # of the draft it started from
-    rows_per_s: float = 0.0        # token rows trained on
-    time_left_s: float = 0.0
+    rows_per_s: float = 0.0        # tokens trained on, one row each
+    time_left_s: float = 0.0       # of the budget, or estimated from the steps
 
     @property
     def text(self) -> str:
         """One line for people."""
-        return (f"{self.stage}: step {self.step}, loss {self.loss:.3f}, acceptance {self.acceptance:.2f} (started at "
-                f"{self.start_acceptance:.2f}), {self.rows_per_s:,.0f} rows/s, {self.time_left_s:.0f} s left")
+        return f"{self.stage}: {self.facts}"
+
+    @property
+    def facts(self) -> str:
+        """The line without its stage."""
+        return (f"step {self.step}, loss {self.loss:.3f}, acceptance {self.acceptance:.2f} (started at {self.start_acceptance:.2f}, "
+                f"best {self.best_acceptance:.2f}), {self.rows_per_s:,.0f} tokens/s, {self.time_left_s:.0f} s left")
 
 
 class Viewer(Protocol):
@@ -48,17 +53,15 @@ class BarViewer:
     """A live bar, for a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.bar = Progress(TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                            TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console)
+        self.bar = Progress(TextColumn("{task.description:<10}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
+                            TextColumn("{task.fields[facts]}"), console=console)
         self.task: TaskID | None = None
 
     def show(self, progress: TrainProgress) -> None:
         if self.task is None:
             self.bar.start()
             self.task = self.bar.add_task("loading", total=1.0, facts="")
-        facts = (f"step {progress.step}  loss {progress.loss:.3f}  acceptance {progress.acceptance:.2f} "
-                 f"(from {progress.start_acceptance:.2f})  {progress.rows_per_s:,.0f} rows/s")
-        self.bar.update(self.task, description=progress.stage, completed=progress.share, facts=facts)
+        self.bar.update(self.task, description=progress.stage, completed=progress.share, facts=progress.facts)
 
     def close(self) -> None:
         self.bar.stop()
@@ -100,5 +103,17 @@ class FileViewer:
     def show(self, progress: TrainProgress) -> None:
         if self._pace.is_due(progress.stage):
             write_json(self.path, {**dataclasses.asdict(progress), "at": time.time()})
+
+    def close(self) -> None: ...
+
+
+class LastViewer:
+    """Keeps the latest progress."""
+
+    def __init__(self) -> None:
+        self.progress = TrainProgress("loading", "")
+
+    def show(self, progress: TrainProgress) -> None:
+        self.progress = progress
 
     def close(self) -> None: ...

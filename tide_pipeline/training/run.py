@@ -1,0 +1,241 @@
+"""A training run under way: steps, evaluations, snapshots and the folder it ends in. Knows no lake, no bar, no Dagster and no MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import save
+
+from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import DraftCheckpoint
+from tide_pipeline.errors import TrainingFailed
+from tide_pipeline.models.checkpoint import save_draft
+from tide_pipeline.models.eagle3 import Eagle3Draft
+from tide_pipeline.provenance import digest_bytes, write_json
+from tide_pipeline.training.average import Average
+from tide_pipeline.training.batches import Sampler, labelled_rows
+from tide_pipeline.training.data import TrainingSet
+from tide_pipeline.training.gradient import GradientMaker, Rows, blame
+from tide_pipeline.training.loss import LossWeights
+from tide_pipeline.training.optimizer import Optimizer, rate_factor
+from tide_pipeline.training.progress import TrainProgress
+from tide_pipeline.training.scale import channel_scale, for_raw_taps, for_scaled_taps, scaled
+from tide_pipeline.training.selection import AVERAGED, LIVE, Selection
+from tide_pipeline.training.snapshot import (
+    CHECKPOINT,
+    Counters,
+    finish,
+    load_snapshot,
+    random_states,
+    read_checkpoint,
+    save_snapshot,
+    set_random_states,
+    write_metrics,
+)
+from tide_pipeline.training.target_head import TargetHead
+from tide_pipeline.training.team import Team
+
+Report = Callable[[TrainProgress], None]
+LOG_EVERY_S = 1.0
+
+
+class TrainingInterrupted(TrainingFailed):
+    """Stopped on request after a checkpoint: start it again with the same --out to go on."""
+
+
+class Run:
+    """A cycle under way: weights, optimizer, counters."""
+
+    def __init__(self, config: TideConfig, workload: str, folder: Path, head: TargetHead, data: TrainingSet, draft: Eagle3Draft,
+                 team: Team, progress: Report, should_stop: Callable[[], bool]) -> None:
+        s = self.settings = config.training
+        self.config, self.workload, self.folder, self.head, self.team = config, workload, folder, head, team
+        self.scale_G = channel_scale(data.train)
+        self.data = data = scaled(data, self.scale_G)
+        self.draft = draft.to(team.device)
+        for_scaled_taps(self.draft, self.scale_G)
+        self.draft.lm_head.weight.requires_grad_(s.train_lm_head)
+        self.optimizer = Optimizer(self.draft, s)
+        self.average = Average(self.draft, s.ema_decay)
+        self.sampler = Sampler(data.focus, data.replay, s.batch_windows, s.window_rows, s.replay_share, s.seed)
+        self.maker = GradientMaker(self.draft, head, LossWeights(s.ttt_steps, s.soft_share, s.step_decay, s.accept_share), s.window_rows,
+                                   s.autocast, s.accumulate)
+        self.selection = Selection(self.maker, self.average, config.gate.draft_length, s.eval_windows, team)
+        self.counters = Counters()
+        self.report, self.should_stop = progress, should_stop
+        self.losses: list[float] = []
+
+    def resume(self) -> None:
+        """Take up the snapshot in the folder; without one, evaluate the draft it starts from."""
+        found = load_snapshot(self.folder)
+        if found is None:
+            self.evaluate()
+            self.counters.start_acceptance = self.counters.last_acceptance
+            return
+        self.counters, groups = found
+        if not groups["scale"]["taps"].equal(self.scale_G):
+            raise TrainingFailed(f"windows of the run in {self.folder} are gone from the lake: remove the folder and train again")
+        self.draft.load_state_dict(groups["draft"])
+        self.optimizer.load(groups.get("optimizer", {}))
+        self.average.load(groups.get("average", {}))
+        self.selection.best, self.maker.parts = groups["best"], self.counters.parts
+        set_random_states(groups["random"])
+
+    def save(self) -> None:
+        """The snapshot `resume` takes up."""
+        if self.team.is_first:
+            save_snapshot(self.folder, self.counters, {
+                "draft": self.draft.state_dict(), "average": self.average.held, "optimizer": self.optimizer.tensors(),
+                "best": self.selection.best, "scale": {"taps": self.scale_G}, "random": random_states()})
+
+    def train(self) -> None:
+        """Steps until the budget is used, or patience is."""
+        c, s = self.counters, self.settings
+        started = time.monotonic() - c.elapsed_s
+        evaluated = checkpointed = logged = c.elapsed_s
+        rows_before, at_before = c.rows, c.elapsed_s
+        self.tell("training")
+        while self.share() < 1.0 and not self.out_of_patience():
+            loss = self.step()
+            c.elapsed_s, stop = self.team.latest(time.monotonic() - started, float(self.should_stop()))
+            if c.elapsed_s - logged >= LOG_EVERY_S:
+                rows_per_s = (c.rows - rows_before) / (c.elapsed_s - at_before)
+                self.log(rows_per_s, loss)
+                self.tell("training", rows_per_s)
+                logged = c.elapsed_s
+            if self.due(evaluated):
+                self.tell("evaluating")
+                self.evaluate()
+                rows_before, at_before = c.rows, time.monotonic() - started
+                evaluated = logged = c.elapsed_s = self.team.latest(at_before)[0]
+            if stop or c.elapsed_s - checkpointed >= s.checkpoint_every_s:
+                self.save()
+                checkpointed = c.elapsed_s
+            if stop:
+                raise TrainingInterrupted(f"stopped at step {c.step}: the same command with the same folder {self.folder} goes on")
+        self.save()
+
+    def step(self) -> float:
+        """One batch: loss, gradient, update. All processes of a team make the same update."""
+        c, s = self.counters, self.settings
+        rows = self.sampler.slices(c.step)
+        mine = self.team.mine(rows)
+        loss = self.maker.run(mine, labelled_rows(rows, s.ttt_steps))
+        c.parts = self.maker.parts
+        trained = self.maker.trained
+        self.team.add_up([loss, *(p.grad for p in trained if p.grad is not None)])
+        value = loss.item()
+        if c.step == 0:
+            c.first_loss = value
+        norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_norm if s.clip_norm > 0 else math.inf).item()
+        if not math.isfinite(value) or not math.isfinite(norm) or value > 3 * c.first_loss + 10:
+            self.stop_at(value, norm, mine)
+        self.optimizer.step(rate_factor(c.step, self.share(), s.warmup_steps, s.schedule))
+        self.average.update(c.step)
+        self.losses.append(value)
+        c.mean_loss = value if c.step == 0 else 0.95 * c.mean_loss + 0.05 * value
+        c.step += 1
+        c.rows += sum(cut.rows for row in rows for cut in row)
+        return value
+
+    def stop_at(self, loss: float, norm: float, mine: Rows) -> NoReturn:
+        """Say which windows made the loss or its gradient what it is; the weights have not moved."""
+        c, everyones = self.counters, self.team.everyones(json.dumps(blame(self.maker, mine)))
+        found = [(value, name) for text in everyones for value, name in json.loads(text)]
+        bad = [name for value, name in found if not math.isfinite(value)] or [max(found)[1]]
+        raise TrainingFailed(f"loss {loss:.3g}, gradient norm {norm:.3g} at step {c.step} (mean loss so far {c.mean_loss:.3g}), caused by "
+                             f"{'; '.join(bad)}: delete that request from the lake and train into another folder, or lower "
+                             "training.learning_rate")
+
+    def share(self) -> float:
+        """How much of the budget is used: of the time or of the steps, whichever is further."""
+        c, s = self.counters, self.settings
+        return max(c.step / s.max_steps, c.elapsed_s / s.time_budget_s if s.time_budget_s > 0 else 0.0)
+
+    def due(self, evaluated_s: float) -> bool:
+        """Whether to evaluate now."""
+        c, s = self.counters, self.settings
+        return c.step % s.eval_every_steps == 0 if s.eval_every_steps > 0 else c.elapsed_s - evaluated_s >= s.eval_every_s
+
+    def out_of_patience(self) -> bool:
+        """Whether acceptance has stopped rising."""
+        return 0 < self.settings.patience <= self.counters.stale_evaluations
+
+    def evaluate(self) -> None:
+        """Offline acceptance on the held-out windows of the workload; remembers the best weights."""
+        c = self.counters
+        found = self.selection.measure(self.data.focus_held_out, c)
+        point = {"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "acceptance_length": found[LIVE]}
+        c.curve.append(point | ({"averaged_acceptance_length": found[AVERAGED]} if AVERAGED in found else {}))
+        if self.team.is_first:
+            write_metrics(self.folder, c.curve)
+
+    def log(self, rows_per_s: float, loss: float) -> None:
+        """A point of the curve."""
+        c = self.counters
+        mean = sum(self.losses) / len(self.losses) if self.losses else loss
+        self.losses.clear()
+        c.curve.append({"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "loss": mean, "rows_per_s": rows_per_s,
+                        "rate_factor": rate_factor(c.step, self.share(), self.settings.warmup_steps, self.settings.schedule)})
+
+    def tell(self, stage: str, rows_per_s: float = 0.0) -> None:
+        c, s, share = self.counters, self.settings, min(self.share(), 1.0)
+        left = c.elapsed_s / share * (1 - share) if share > 0 else s.time_budget_s
+        speed = rows_per_s or c.rows / max(c.elapsed_s, 1e-9)
+        self.report(TrainProgress(stage, self.workload, c.step, share, c.mean_loss, c.last_acceptance, c.best_acceptance,
+                                  c.start_acceptance, speed, left))
+
+    def finish(self, parent: str) -> DraftCheckpoint:
+        """Evaluate the last weights, keep the better of last and best, write the checkpoint folder."""
+        c, s, data = self.counters, self.settings, self.data
+        if len(set(self.team.everyones(self.fingerprint()))) > 1:
+            raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
+                                 "again in another folder, with one process if it stays so")
+        self.tell("evaluating")
+        self.evaluate()
+        self.draft.load_state_dict(self.selection.best)
+        self.tell("saving")
+        replay_acceptance = self.selection.acceptance_on(data.replay_held_out) if data.replay_held_out else 0.0
+        provenance: dict[str, Any] = {
+            "workload": self.workload, "parent": parent, "settings": dataclasses.asdict(s), "seed": s.seed, "steps": c.step,
+            "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size, "micro_batches": c.parts,
+            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(data.train), "rows": data.num_rows,
+            "requests": len({w.window.request_id for w in data.train}), "prompts": len({w.window.prompt_digest for w in data.train}),
+            "shards": shards(data.train), "skipped": dict(data.skipped),
+            "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
+            "replay_acceptance_length": replay_acceptance, "curve": c.curve}
+        for_raw_taps(self.draft, self.scale_G)
+        if self.team.is_first:
+            self.write(parent, provenance)
+        self.team.wait()
+        self.tell("done")
+        return read_checkpoint(self.folder)
+
+    def fingerprint(self) -> str:
+        """Of the weights, to the last bit."""
+        return digest_bytes(save({name: t.detach().cpu().contiguous() for name, t in self.draft.state_dict().items()}))
+
+    def write(self, parent: str, provenance: dict[str, Any]) -> None:
+        """The draft's folder; checkpoint.json last."""
+        c, data = self.counters, self.data
+        digest = save_draft(self.draft, self.folder, self.head.identity, provenance)
+        checkpoint = DraftCheckpoint(str(self.folder), digest, self.config.target, self.head.digest, parent, c.step, round(c.elapsed_s, 1),
+                                     len(data.train), data.num_rows, c.best_acceptance)
+        write_json(self.folder / CHECKPOINT, dataclasses.asdict(checkpoint))
+        finish(self.folder)
+
+
+def shards(windows: Sequence[WindowStates]) -> dict[str, list[int]]:
+    """Shard uri -> rows of it that were trained on."""
+    found: dict[str, list[int]] = {}
+    for w in windows:
+        found.setdefault(w.window.uri, []).append(w.window.row)
+    return {uri: sorted(rows) for uri, rows in sorted(found.items())}
