@@ -48,6 +48,9 @@ def test_a_folder_is_imported_and_told(config: Path, tmp_path: Path, said: list[
     assert done.exit_code == 0 and (found["sequences"], found["windows"], found["layers_checked"]) == (2, 2, True)
     (first, second) = list_windows(StatePaths(config.parent / "state").signals, "tiny").windows
     assert (first.workload, first.tenant, first.temperature) == (second.workload, second.tenant, second.temperature) == ("de", "acme", 1.0)
+    told = tide(config, str(write_vllm(tmp_path / "more", speak(config.parent / "engines" / "tiny" / "target", all_layers(
+        config.parent / "engines" / "tiny" / "target"), "a third prompt"))), "--format", "vllm").output
+    assert "imported 1 sequences" in told and "0 with an answer" in told and "--answer-after" in told
     told = tide(config, str(folder), "--format", "vllm", "--no-check-layers").output
     assert "imported 0 sequences of 2 files" in told and "already in the lake" in told and "layers were not compared" in told
 

@@ -84,7 +84,7 @@ def _bar(as_json: bool) -> Iterator[Progress]:
 
     with Progress(TextColumn("import"), BarColumn(), MofNCompleteColumn(), TextColumn("files  {task.fields[told]}"), TimeRemainingColumn(),
                   console=console(err=True), disable=as_json) as bar:
-        task = bar.add_task("import", told="")
+        task = bar.add_task("import", total=None, told="")
 
         def show(done: int, total: int, report: ImportReport) -> None:
             bar.update(task, completed=done, total=total,
@@ -100,6 +100,9 @@ def _tell(report: ImportReport) -> None:
     if report.sequences:
         screen.print(f"{report.judged} with an answer that drafts can be judged by, the others are only trained on; {report.rounded} "
                      f"rounded to bf16; {report.normed} final states put through the target's norm", markup=False)
+    if report.sequences and not report.judged:
+        screen.print("training needs prompts with an answer to hold out: captured ones, or say with --answer-after where answers begin",
+                     markup=False)
     if not report.layers_checked:
         screen.print("the layers were not compared with the target's: a dump of other layers looks the same", markup=False)
     if report.skipped:
