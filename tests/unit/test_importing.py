@@ -17,6 +17,7 @@ from tests.dumps import Said, all_layers, engine_of, speak, states_of, write_mod
 from tests.golden.test_alignment import _check
 from tests.helpers import Seen, tiny_spec
 from tide_pipeline.capture.delete import delete
+from tide_pipeline.capture.importing import run as run_module
 from tide_pipeline.capture.importing.boundary import Extent, find_extent
 from tide_pipeline.capture.importing.dumps import Refused
 from tide_pipeline.capture.importing.fit import is_normed
@@ -24,6 +25,7 @@ from tide_pipeline.capture.importing.layers import LayerCheck
 from tide_pipeline.capture.importing.run import ALREADY, DELETED, ImportReport, Labels, import_folder
 from tide_pipeline.capture.layout import live_shards
 from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
+from tide_pipeline.capture.shard import write_shard
 from tide_pipeline.capture.verify import EngineFacts, verify_signals
 from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, StepKind
 from tide_pipeline.errors import EngineMismatch, LakeError
@@ -130,6 +132,26 @@ def test_a_folder_imported_again_adds_only_what_is_new(tmp_path: Path, lake: Pat
     assert (more.sequences, dict(more.skipped)) == (1, {ALREADY: 1}) and len(stored(lake)) == 2
     write_trtllm(tmp_path / "same", said)                              # another format, without a mask: the same states
     assert dict(bring(tmp_path / "same", "trtllm").skipped) == {ALREADY: 2}
+
+
+def test_an_import_that_was_cut_short_goes_on(tmp_path: Path, lake: Path, said: list[Said], bring: Callable[..., ImportReport],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full after the first shard."""
+    folder, shards = write_modelopt(tmp_path / "dump", said), [1]
+
+    def one_shard(*args: Any) -> Any:
+        if not shards:
+            raise OSError(28, "No space left on device")
+        shards.pop()
+        return write_shard(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_shard", one_shard)
+        with pytest.raises(LakeError, match=r"No space left.*import the folder again"):
+            bring(folder, "modelopt", max_rows=1)
+    assert len(stored(lake)) == 1
+    assert bring(folder, "modelopt").skipped == {ALREADY: 1}
+    assert [s.token_ids.tolist() for s in stored(lake)] == [s.tokens for s in said]
 
 
 def test_one_file_twice_in_a_folder_is_one_window(tmp_path: Path, lake: Path, said: list[Said], bring: Callable[..., ImportReport]) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
+import pytest
+
+from tide_pipeline import provenance
 from tide_pipeline.config import project_root
 from tide_pipeline.registry.pedigree import differences, pedigree
 
@@ -39,3 +44,28 @@ def test_older_certificates_are_read() -> None:
     found = pedigree(json.loads((project_root() / "engines" / "pocket" / "champion" / "provenance.json").read_text()), {})
     assert found["metrics"]["prompts"] == 1331 and found["code"]["package torch"] and "windows" not in found and "other" not in found
     assert pedigree({}, {}) == {}
+
+
+def test_a_certificate_tells_code_that_was_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tide_pipeline" / "provenance.py"
+    file.parent.mkdir()
+    file.write_text("a = 1\n")
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(file))
+
+    def code() -> tuple[str, str]:
+        provenance._git_sha.cache_clear()
+        provenance._git_changes.cache_clear()
+        born = provenance.birth_certificate()
+        return born["git_sha"], born["git_changes"]
+
+    sha, changes = code()
+    assert len(sha) == 40 and changes == ""
+    file.write_text("a = 2\n")
+    assert code() == code() and code()[0] == sha and len(code()[1]) == 16
+    monkeypatch.setenv("PATH", "")                         # an image without git
+    assert code() == ("unknown", "")
+    monkeypatch.undo()
+    code()

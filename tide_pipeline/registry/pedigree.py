@@ -18,7 +18,7 @@ DRAFT = ("version", "draft_version", "alias", "target", "workload", "digest", "e
          "recipe", "focus_since", "created_at")
 METRICS = ("acceptance_length", "start_acceptance_length", "replay_acceptance_length", "steps", "best_step", "best_weights",
            "stopped_early", "train_s", "windows", "rows", "requests", "prompts", "processes", "micro_batches")
-CODE = ("git_sha", "python", "machine")
+CODE = ("git_sha", "git_changes", "python", "machine")
 SECTIONS = ("draft", "metrics", "windows", "settings", "code", "other")
 _PLACES = {name: section for section, names in (("draft", DRAFT), ("metrics", METRICS), ("code", CODE)) for name in names}
 _LEFT_OUT = ("curve", "shards", "shard_digests", "settings", "packages")
