@@ -55,7 +55,7 @@ def show(ctx: typer.Context, draft: Annotated[str, typer.Argument(metavar="VERSI
         print_json(found)
         return
     for section, values in found.items():
-        lines = [(name, _cell(section, value)) for name, value in values.items()]
+        lines = [(_name(section, name), _cell(section, value)) for name, value in values.items()]
         more = len(lines) - SHOWN_SHARDS if section == "windows" else 0
         title = f"windows: {sum(len(v['rows']) for v in values.values())} of {len(values)} shards" if section == "windows" else section
         print_table((title, ""), [*lines[:SHOWN_SHARDS], (f"and {more} more", "--json has them")] if more > 0 else lines)
@@ -142,13 +142,18 @@ def _by_version(aliases: Mapping[str, int]) -> dict[int, str]:
 
 
 def _lines(section: str, values: Mapping[str, tuple[Any, Any]]) -> list[tuple[str, str, str, str]]:
-    lines = [(section, name, _cell(section, one), _cell(section, other)) for name, (one, other) in values.items()]
+    lines = [(section, _name(section, name), _cell(section, one), _cell(section, other)) for name, (one, other) in values.items()]
     if section == "windows" and len(lines) > SHOWN_SHARDS:
         only_a, only_b = (sum(pair[1 - i] is None for pair in values.values()) for i in (0, 1))
         both = len(values) - only_a - only_b
         lines = [*lines[:SHOWN_SHARDS], (section, f"and {len(values) - SHOWN_SHARDS} more shards, --json has them",
                                          f"{only_a} of all only here", f"{only_b} of all only here; {both} in both with other rows")]
     return [(section if i == 0 else "", name, one, other) for i, (_, name, one, other) in enumerate(lines)]
+
+
+def _name(section: str, name: str) -> str:
+    """A shard's own name tells it from all others; where it lies is in --json."""
+    return name.rpartition("/")[2] if section == "windows" else name
 
 
 def _cell(section: str, value: Any) -> str:
