@@ -63,18 +63,27 @@ def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
 
 def birth_certificate(**facts: Any) -> dict[str, Any]:
     """What made an artefact: the given facts, then time, code revision, versions and machine (no paths, no names)."""
-    return {**facts, "created_at": time.time(), "git_sha": _git_sha(), "packages": _versions(),
+    return {**facts, "created_at": time.time(), "git_sha": _git_sha(), "git_changes": _git_changes(), "packages": _versions(),
             "python": platform.python_version(), "machine": f"{platform.machine()} x{os.cpu_count()}"}
 
 
 @functools.cache
 def _git_sha() -> str:
-    root = Path(__file__).resolve().parent.parent
+    return _git("rev-parse", "HEAD").decode().strip() or "unknown"
+
+
+@functools.cache
+def _git_changes() -> str:
+    """16 hex digits of what the package's tracked files differ in from the commit; "" where they don't."""
+    changes = _git("diff", "HEAD", "--", Path(__file__).resolve().parent.name)
+    return digest_bytes(changes)[:16] if changes else ""
+
+
+def _git(*words: str) -> bytes:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent.parent, capture_output=True, check=False).stdout
     except OSError:                                        # no git in the image
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return b""
 
 
 def _versions() -> dict[str, str]:

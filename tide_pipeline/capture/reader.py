@@ -55,6 +55,7 @@ class WindowStates:
     token_ids: Tensor                      # int64 [T + 1]
     taps_TG: Tensor                        # bf16 [T, num_taps * D]
     final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
+    digest: str = ""                       # of the window as it lies in the lake
 
 
 def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
@@ -216,4 +217,4 @@ def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
     if window_digest(token_ids, taps, final) != cell["digest"].as_py():
         return "its digest does not match: the file was altered or damaged"
     return WindowStates(window, torch.from_numpy(token_ids.astype(np.int64)), bf16_tensor(taps, num_rows),
-                        None if final is None else bf16_tensor(final, num_rows))
+                        None if final is None else bf16_tensor(final, num_rows), cell["digest"].as_py())

@@ -22,7 +22,7 @@ from tide_pipeline.contracts import DraftCheckpoint
 from tide_pipeline.errors import CheckpointError, RegistryError
 from tide_pipeline.models.checkpoint import FILES, digest_draft
 from tide_pipeline.registry.client import connect, talking, tolerating
-from tide_pipeline.registry.run import ARTIFACTS, ensure_experiment, ensure_model, log_draft, single_value
+from tide_pipeline.registry.run import ARTIFACTS, PROVENANCE, ensure_experiment, ensure_model, log_draft, read_provenance, single_value
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -124,6 +124,19 @@ class Registry:
                 self._verify(draft, got)
                 shutil.move(got, into)
         return into
+
+    def provenance(self, version: int) -> dict[str, Any]:
+        """A version's birth certificate; {} for a draft that was registered without one."""
+        draft, place = self.get(version), f"{ARTIFACTS}/{PROVENANCE}"
+        with self._talking(f"fetched of version {version}"), tempfile.TemporaryDirectory() as scratch:
+            if place not in {file.path for file in self.client.list_artifacts(draft.run_id, ARTIFACTS)}:
+                return {}
+            return read_provenance(Path(self.client.download_artifacts(draft.run_id, place, scratch)).parent)
+
+    def aliases(self) -> Mapping[str, int]:
+        """Every alias and the version it points at."""
+        with self._talking("read"):
+            return {name: int(version) for name, version in self._aliases().items()}
 
     def alias(self, name: str) -> int | None:
         """The version an alias points at."""

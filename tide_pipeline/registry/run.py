@@ -51,7 +51,7 @@ def log_draft(client: MlflowClient, experiment_id: str, checkpoint: DraftCheckpo
     run = begun[0] if begun else client.create_run(experiment_id, tags=dict(tags), run_name=_run_name(checkpoint, tags))
     run_id, folder = str(run.info.run_id), Path(checkpoint.path)
     try:
-        provenance = _provenance(folder)
+        provenance = read_provenance(folder)
         _log_numbers(client, run_id, checkpoint, provenance, read_curve(folder))
         _log_files(client, run_id, folder)
     except BaseException:
@@ -100,7 +100,8 @@ def _log_files(client: MlflowClient, run_id: str, folder: Path) -> None:
         client.log_text(run_id, draw_curve(curve), "curve.svg")
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The birth certificate in a draft's folder; {} where there is none. Raises RegistryError when it is damaged."""
     try:
         found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text())
     except FileNotFoundError:

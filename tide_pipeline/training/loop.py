@@ -61,7 +61,8 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
         return read_checkpoint(out_dir)
     split = _windows(config, workload, head, out_dir, facts, team)
     data = read_training_set(split, head)
-    run = Run(config, workload, out_dir, head.to(team.device), data, _start(champion, head, data, settings), team, progress, should_stop)
+    run = Run(config, workload, out_dir, head.to(team.device), data, _start(champion, head, data, settings), team, progress, should_stop,
+              {"parent_digest": origin, "focus_since": focus_since})
     run.resume()
     run.train()
     return run.finish(parent)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,9 +55,10 @@ class Run:
     """A cycle under way: weights, optimizer, counters."""
 
     def __init__(self, config: TideConfig, workload: str, folder: Path, head: TargetHead, data: TrainingSet, draft: Eagle3Draft,
-                 team: Team, progress: Report, should_stop: Callable[[], bool]) -> None:
+                 team: Team, progress: Report, should_stop: Callable[[], bool], origin: Mapping[str, Any]) -> None:
         s = self.settings = config.training
         self.config, self.workload, self.folder, self.head, self.team = config, workload, folder, head, team
+        self.origin = origin                                   # more of where the draft comes from, for its provenance
         self.scale_G = channel_scale(data.train)
         self.data = data = scaled(data, self.scale_G)
         self.draft = draft.to(team.device)
@@ -211,7 +212,8 @@ class Run:
             "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size, "micro_batches": c.parts,
             "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(data.train), "rows": data.num_rows,
             "requests": len({w.window.request_id for w in data.train}), "prompts": len({w.window.prompt_digest for w in data.train}),
-            "shards": shards(data.train), "skipped": dict(data.skipped),
+            "shards": shards(data.train), "shard_digests": shard_digests(data.train), "skipped": dict(data.skipped),
+            "engine_digest": self.head.digest, **self.origin,
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
         for_raw_taps(self.draft, self.scale_G)
@@ -241,3 +243,11 @@ def shards(windows: Sequence[WindowStates]) -> dict[str, list[int]]:
     for w in windows:
         found.setdefault(w.window.uri, []).append(w.window.row)
     return {uri: sorted(rows) for uri, rows in sorted(found.items())}
+
+
+def shard_digests(windows: Sequence[WindowStates]) -> dict[str, str]:
+    """Shard uri -> SHA-256 over the digests of the windows of it that were trained on, in row order: one window's own stays in the lake."""
+    found: dict[str, list[str]] = {}
+    for w in sorted(windows, key=lambda w: w.window.row):
+        found.setdefault(w.window.uri, []).append(w.digest)
+    return {uri: digest_bytes("\n".join(digests).encode()) for uri, digests in sorted(found.items())}
