@@ -11,7 +11,7 @@ import gc
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from tide_pipeline.contracts import (
 )
 from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.drafts import NOTHING, ResidentDraft
+from tide_pipeline.engine.ledger import Ledger
 from tide_pipeline.engine.outbox import Outbox
 from tide_pipeline.engine.profile import profile_step_costs
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
 from tide_pipeline.engine.request import ActiveRequest
-from tide_pipeline.engine.step import StepRunner, Verdict
+from tide_pipeline.engine.step import StepRunner
 from tide_pipeline.engine.survival import RequestSurvival
 from tide_pipeline.engine.tap_copies import tap_ring
 from tide_pipeline.engine.text import TextCodec, TextStream
@@ -79,9 +80,7 @@ class EmbeddedEngine:
         self._wake = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._count: Counter[str] = Counter()
-        self._ms = {"on": 0.0, "off": 0.0}
-        self._depth_steps: Counter[int] = Counter()
+        self._ledger = Ledger()
 
     # --- what callers use -----------------------------------------------------------------------------------------
 
@@ -135,17 +134,16 @@ class EmbeddedEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot; may be one step old."""
-        running, drafts = list(self._running), dict(self._drafts)
+        running, drafts, done = list(self._running), dict(self._drafts), self._ledger
         rates = {tag: self.control.survival(tag, d.build.draft_version).rates()[0] for tag, d in drafts.items()}
         return EngineStats(
             engine_digest=self.target.digest, running=len(running) + (self._prefilling is not None), waiting=len(self._waiting),
             kv_tokens_used=sum(r.consumed for r in running), kv_tokens_total=self.serve.max_batch * self.positions,
-            requests_finished=self._count["finished"], requests_failed=self._count["failed"], tokens_out=self._count["tokens"],
-            prompt_tokens=self._count["prompt"], target_steps=self._count["steps"], verify_steps=self._count["verify"],
-            drafted_tokens=self._count["drafted"], accepted_tokens=self._count["accepted"],
-            speculation_on_s=self._ms["on"] / 1e3, speculation_off_s=self._ms["off"] / 1e3, probe_s=self.control.spent_ms / 1e3,
-            sink_errors=self._count["sink_errors"], drafts={tag: d.build.draft_version for tag, d in drafts.items()},
-            draft_length_steps=dict(self._depth_steps), first_position_rate=rates, step_ms=self.control.costs.table(),
+            requests_finished=done.finished, requests_failed=done.failed, tokens_out=done.tokens, prompt_tokens=done.prompt_tokens,
+            target_steps=done.steps, verify_steps=done.verify_steps, drafted_tokens=done.drafted, accepted_tokens=done.accepted,
+            speculation_on_s=done.on_ms / 1e3, speculation_off_s=done.off_ms / 1e3, probe_s=self.control.spent_ms / 1e3,
+            sink_errors=done.sink_errors, drafts={tag: d.build.draft_version for tag, d in drafts.items()},
+            draft_length_steps=dict(done.depth_steps), first_position_rate=rates, step_ms=self.control.costs.table(),
             dropped_tap_rows=self.ring.dropped_rows)
 
     def close(self) -> None:
@@ -186,7 +184,7 @@ class EmbeddedEngine:
         except Exception as error:
             log.exception("engine step failed: %d requests are ended", len(self._running))
             for active in [*self._running, *([self._prefilling] if self._prefilling else [])]:
-                self._count["failed"] += 1
+                self._ledger.failed += 1
                 self._finish(active, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
 
     def _prefill(self) -> None:
@@ -204,7 +202,7 @@ class EmbeddedEngine:
         start = active.consumed
         chunk = tuple(active.tokens[start : start + self.serve.prefill_chunk])
         handle, token = self._runner.prefill(active, chunk)
-        self._count["prompt"] += len(chunk)
+        self._ledger.prompt_tokens += len(chunk)
         event = StepEvent(active.request.request_id, StepKind.PREFILL, start, chunk, () if token is None else (token,), (), 0,
                           active.version, 0, 1, (time.perf_counter() - began) * 1e3, handle)
         self._outbox.post(lambda: self.sink.on_step((event,)), self.ring.ship())
@@ -236,9 +234,10 @@ class EmbeddedEngine:
         proposals = [drafted.proposals.get(r.slot, NOTHING) for r in running]
         verdicts = self._runner.verify(running, proposals)
         ended = time.perf_counter()
-        events = [self._event(v, plan, len(running), (ended - began) * 1e3) for v in verdicts]
+        events = [v.event(plan, len(running), (ended - began) * 1e3) for v in verdicts]
         for v in verdicts:
-            self._observe(v)
+            v.request.observe(len(v.emitted), len(v.drafted), v.accepted, v.confidences)
+            self._ledger.request_step(len(v.drafted), v.accepted)
         self._outbox.post(lambda: self.sink.on_step(events), self.ring.ship())
         for v in verdicts:
             self._advance(v.request, v.emitted, v.text)
@@ -267,30 +266,8 @@ class EmbeddedEngine:
                 r.draft.catch_up([r])
                 self.control.spend((time.perf_counter() - began) * 1e3)
 
-    def _event(self, v: Verdict, plan: Plan, batch: int, step_ms: float) -> StepEvent:
-        r = v.request
-        kind = StepKind.DECODE if not v.drafted else plan.kind if r.fixed_length is None else StepKind.VERIFY
-        return StepEvent(r.request.request_id, kind, r.consumed, (r.tokens[-1], *v.emitted[:-1]), tuple(v.emitted), tuple(v.drafted),
-                         v.accepted, r.version, len(v.drafted), batch, step_ms, v.taps)
-
-    def _observe(self, v: Verdict) -> None:
-        r = v.request
-        r.consumed += len(v.emitted)
-        r.target_steps += 1
-        self._count["steps"] += 1
-        if v.drafted:
-            r.verify_steps += 1
-            r.drafted_tokens += len(v.drafted)
-            r.accepted_tokens += v.accepted
-            self._count["verify"] += 1
-            self._count["drafted"] += len(v.drafted)
-            self._count["accepted"] += v.accepted
-        if r.survival is not None:
-            r.survival.observe(len(v.drafted), v.accepted, v.confidences)
-
     def _account(self, plan: Plan, depth: int, batch: int, context: int, ms: float) -> None:
-        self._depth_steps[depth] += 1
-        self._ms["on" if depth else "off"] += ms
+        self._ledger.engine_step(depth, ms)
         if depth == 0:
             self.control.earn(ms)
         elif plan.kind is StepKind.PROBE:
@@ -300,7 +277,7 @@ class EmbeddedEngine:
     def _advance(self, r: ActiveRequest, emitted: list[int], text: str) -> None:
         """Append what a step emitted, tell the client, and end the request when it is done."""
         r.tokens.extend(emitted)
-        self._count["tokens"] += len(emitted)
+        self._ledger.tokens += len(emitted)
         reason = None
         if r.text.stopped or (emitted[-1] in self.target.shape.eos_ids and not r.request.sampling.ignore_eos):
             reason = FinishReason.STOP
@@ -340,7 +317,7 @@ class EmbeddedEngine:
         if r.draft is not None:
             r.draft.leave(r)
         self._requests.pop(r.request.request_id, None)
-        self._count["finished"] += 1
+        self._ledger.finished += 1
         if r.slot >= 0:
             now = time.monotonic()
             first = r.first_token_at or now
@@ -368,5 +345,5 @@ class EmbeddedEngine:
             call()
         except Exception:
             log.exception("the capture sink failed: it is switched off, serving goes on without capture")
-            self._count["sink_errors"] += 1
+            self._ledger.sink_errors += 1
             self.sink, self.ring.is_read = NullSink(), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -56,6 +57,16 @@ class ActiveRequest:
     @property
     def greedy(self) -> bool:
         return self.request.sampling.temperature == 0.0
+
+    def observe(self, emitted: int, drafted: int, accepted: int, confidences: Sequence[float]) -> None:
+        """A step consumed its last token and the accepted drafts."""
+        self.consumed += emitted
+        self.target_steps += 1
+        self.verify_steps += drafted > 0
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        if self.survival is not None:
+            self.survival.observe(drafted, accepted, confidences)
 
     def take_waiting(self) -> list[Tensor]:
         """Rows [n, G * D] each; the buffer is empty afterwards."""

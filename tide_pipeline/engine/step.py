@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tide_pipeline.contracts import TapHandle
+from tide_pipeline.contracts import StepEvent, StepKind, TapHandle
 from tide_pipeline.engine.control import Plan
 from tide_pipeline.engine.drafts import Proposal, Round
 from tide_pipeline.engine.request import ActiveRequest
@@ -28,6 +28,13 @@ class Verdict:
     emitted: list[int]
     text: str
     taps: TapHandle | None
+
+    def event(self, plan: Plan, batch: int, step_ms: float) -> StepEvent:
+        """For the sink. Ask before the request moves on."""
+        r = self.request
+        kind = StepKind.DECODE if not self.drafted else plan.kind if r.fixed_length is None else StepKind.VERIFY
+        return StepEvent(r.request.request_id, kind, r.consumed, (r.tokens[-1], *self.emitted[:-1]), tuple(self.emitted),
+                         tuple(self.drafted), self.accepted, r.version, len(self.drafted), batch, step_ms, self.taps)
 
 
 class StepRunner:

@@ -1,0 +1,38 @@
+"""What an engine counts since its start: requests, tokens, steps, time. Knows outcomes; decides nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Ledger:
+    """Written by the engine's thread, read by any. Steps, drafted and accepted tokens are request-steps'."""
+
+    finished: int = 0
+    failed: int = 0
+    tokens: int = 0                    # of outputs
+    prompt_tokens: int = 0
+    steps: int = 0
+    verify_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    sink_errors: int = 0
+    on_ms: float = 0.0                 # in engine steps that drafted
+    off_ms: float = 0.0
+    depth_steps: Counter[int] = field(default_factory=Counter)     # engine steps by passes of the draft
+
+    def request_step(self, drafted: int, accepted: int) -> None:
+        """One request's share of a step."""
+        self.steps += 1
+        self.verify_steps += drafted > 0
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def engine_step(self, depth: int, ms: float) -> None:
+        self.depth_steps[depth] += 1
+        if depth:
+            self.on_ms += ms
+        else:
+            self.off_ms += ms
