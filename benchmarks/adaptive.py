@@ -8,9 +8,9 @@ one (random weights). In each, one half of the blocks finds the best of {off, 1.
 controller ("auto") against each other, on prompts of their own, so that a fixed length that was only lucky gains nothing.
 
 Every length has an engine of its own with a population of exactly `batch` running requests, and a block steps it until it has written
-a number of tokens: the same for all, so that all read the same text at about the same time. The first step of a block is not timed,
-because the caches hold another engine's weights; nor is joining. The controller sees no step but its own.
-Takes about 2 GB of memory at batch 16.
+a number of tokens: the same for all, so that all read the same text at about the same time. The target's weights are shared. The first
+step of a block is not timed, because the processor's caches hold another engine's keys and values; nor is joining. The controller sees
+no step but its own.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from abba import Block, Work, alternate, median_rate, ratio, speed_ratios
 from bench_engine import Drafts, Population, ask, drafts_of, engine_of, pick, prompts_of
 from options import finish, parser, settle
 
+from tide_pipeline.config import load_engine_spec
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.models.target import Target
 
 BATCHES = (1, 4, 8, 16)
 DRAFTS = ("fresh", "stale", "useless")
 FIXED = ("off", "1", "2", "3", "4", "5")
 AUTO = "auto"
+TWIN = "off again"                 # another engine without drafts: its ratio to off is what the measurement can tell apart
 PROMPT_CHARS = 80                  # short prompts: joining is not timed, but takes time
 ROOM_TOKENS = 420                  # a request may write: far more than it does before its population leaves
 POPULATION_TOKENS = 60             # per request, on average: one that loops may write six times as much
@@ -47,12 +50,12 @@ class Plan:
     """How much is measured in each cell."""
 
     choose_rounds: int             # of six blocks
-    score_rounds: int              # of three
+    score_rounds: int              # of four
     cell_s: float
 
     @property
     def block_s(self) -> float:
-        return (1 - JOINING_SHARE) * self.cell_s / (self.choose_rounds * len(FIXED) + self.score_rounds * 3)
+        return (1 - JOINING_SHARE) * self.cell_s / (self.choose_rounds * len(FIXED) + self.score_rounds * 4)
 
 
 class Cell:
@@ -86,7 +89,7 @@ class Cell:
         stays = max(1, POPULATION_TOKENS // (self.tokens + 1))
         if round_ % stays == 0:
             self._leave(length)
-            asked = [ask(prompt, ROOM_TOKENS, length, self.draft, self.temperature)
+            asked = [ask(prompt, ROOM_TOKENS, "off" if length == TWIN else length, self.draft, self.temperature)
                      for prompt in pick(prompts, self.batch, round_ // stays)]
             self._running[length] = Population(self.engines[length], asked)
         self.engines[length].step()
@@ -110,11 +113,12 @@ def measure(cell: Cell, plan: Plan, prompts: Sequence[str]) -> dict[str, Any]:
     cell.run([AUTO], min(3, plan.choose_rounds), to_choose)       # it has met this batch and this draft before it is timed
     controlled = cell.engines[AUTO]
     known = controlled.stats().draft_length_steps
-    scored = cell.run(list(dict.fromkeys([AUTO, best, "off"])), plan.score_rounds, to_score)
+    scored = cell.run(list(dict.fromkeys([AUTO, best, "off", TWIN])), plan.score_rounds, to_score)
     chose = {length: n - known.get(length, 0) for length, n in controlled.stats().draft_length_steps.items()}
     return {"batch": cell.batch, "draft": cell.draft, "tokens_per_block": cell.tokens * cell.batch, "best_fixed": best,
             "speedup_when_chosen": gains, "tokens_per_s": {length: median_rate(blocks) for length, blocks in scored.items()},
             "auto/best_fixed": ratio(scored[AUTO], scored[best]), "auto/off": ratio(scored[AUTO], scored["off"]),
+            "off again/off": ratio(scored[TWIN], scored["off"]),
             "auto_draft_length_steps": dict(sorted(chose.items()))}
 
 
@@ -145,8 +149,10 @@ def main() -> None:
     cells = args.cell or ([(2, "useless")] if args.quick else [(batch, draft) for batch in BATCHES for draft in DRAFTS])
     largest = max(batch for batch, _ in cells)
     with drafts_of(args.engine_dir) as drafts, ExitStack() as stack:
-        engines = {length: stack.enter_context(engine_of(args.engine_dir, builds_of(drafts), largest, profile=length == AUTO))
-                   for length in (AUTO, *FIXED)}
+        spec = load_engine_spec(args.engine_dir)
+        target = Target(args.engine_dir / spec.model, spec)
+        engines = {length: stack.enter_context(engine_of(args.engine_dir, builds_of(drafts), largest, profile=length == AUTO,
+                                                         target=target)) for length in (AUTO, *FIXED, TWIN)}
         result |= {"engine": engines[AUTO].digest, "known": args.known, "unseen": args.unseen, "temperature": args.temperature,
                    "step_ms_at_start": engines[AUTO].stats().step_ms, "cells": []}
         for batch, draft in cells:

@@ -21,7 +21,7 @@ from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import Sink
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft, read_identity, save_draft
-from tide_pipeline.models.target import read_shape
+from tide_pipeline.models.target import Target, read_shape
 from tide_pipeline.recipes import load
 from tide_pipeline.workloads.prompts import domain_prompts
 
@@ -66,10 +66,12 @@ def _build(folder: Path, version: str, spec: EngineSpec, identity: DraftIdentity
 
 @contextmanager
 def engine_of(engine_dir: Path, drafts: Mapping[str, EngineBuild], max_batch: int, sink: Sink | None = None, *,
-              profile: bool = True) -> Iterator[EmbeddedEngine]:
-    """An engine that is not started: `serve` steps it. Without a profile it is good for fixed lengths only."""
+              profile: bool = True, target: Target | None = None) -> Iterator[EmbeddedEngine]:
+    """An engine that is not started: `serve` steps it. Without a profile it is good for fixed lengths only. Engines that are compared
+    share a `target`: where its weights lie in memory makes a step some percent faster or slower."""
     spec, config = load_engine_spec(engine_dir), settings()
-    engine = EmbeddedEngine(engine_dir / spec.model, spec, ServeSettings(max_batch=max_batch, queue_size=1_000), config.speculation, sink)
+    engine = EmbeddedEngine(engine_dir / spec.model, spec, ServeSettings(max_batch=max_batch, queue_size=1_000), config.speculation, sink,
+                            target)
     try:
         engine.set_drafts(drafts)
         if profile:

@@ -19,7 +19,6 @@ from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, St
 
 MAX_ROWS = 1024                    # of one window; a longer request becomes several
 MAX_WINDOW_BYTES = 32 * 2**20      # of states in one window: one at least must fit an object of a bucket
-FIRST_ROWS = 64                    # buffer size to begin with; it doubles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,14 +79,14 @@ class WindowAssembler:
         self._opened, self._shape, self._emit, self._clock, self._max_rows = opened, shape, emit, clock, max_rows
         self._prompt_digest = prompt_digest(opened.prompt_ids)
         self._draft_version = ""
-        self._rows_CW = torch.empty(0, shape.width, dtype=torch.bfloat16)
+        self._pieces: list[Tensor] = []            # rows of the open window [n, width] each
         self._start, self._end = 0, 0              # positions of the open window: [start, end)
         self._tokens: list[int] = []
         self._follower: int | None = None          # the token at position `end`, once known
         self._rejected: list[tuple[int, int]] = []
 
     def add(self, event: StepEvent, rows_NW: Tensor | None) -> None:
-        """Take a step's rows; None means that the step's states were lost."""
+        """Take a step's rows, which it keeps; None means that the step's states were lost."""
         self._draft_version = event.draft_version or self._draft_version
         n = len(event.row_tokens)
         known = max(0, min(n, self._end - event.start_pos))      # rows seen before (a recomputed prefix) are not stored twice
@@ -118,11 +117,10 @@ class WindowAssembler:
                 draft_version=self._draft_version, engine_digest=self._shape.engine_digest, speculation=self._opened.speculation,
                 sampling=self._opened.sampling, num_prompt_tokens=self._opened.num_prompt_tokens,
                 prompt_digest=self._prompt_digest, start_pos=self._start, token_ids=tokens,
-                rejected=[r for r in self._rejected if r[0] <= last], rows_TW=self._rows_CW[:num_rows],
+                rejected=[r for r in self._rejected if r[0] <= last], rows_TW=torch.cat(self._pieces)[:num_rows],
                 hidden_size=self._shape.hidden_size, num_taps=self._shape.num_taps, with_final=self._shape.with_final,
                 closed_at=self._clock()))
-        self._rows_CW = self._rows_CW[:0]          # the closed window keeps the memory
-        self._tokens, self._rejected, self._follower = [], [], None
+        self._pieces, self._tokens, self._rejected, self._follower = [], [], [], None
 
     def _append(self, start: int, tokens: tuple[int, ...], rows_NW: Tensor) -> None:
         done = 0
@@ -132,21 +130,11 @@ class WindowAssembler:
                 self.close()
             if not self._tokens:
                 self._start = start + done
-            fill = len(self._tokens)
-            take = min(len(tokens) - done, self._max_rows - fill)
-            self._reserve(fill, fill + take)
-            self._rows_CW[fill:fill + take] = rows_NW[done:done + take]
+            take = min(len(tokens) - done, self._max_rows - len(self._tokens))
+            self._pieces.append(rows_NW[done:done + take])
             self._tokens.extend(tokens[done:done + take])
             done += take
         self._end = start + len(tokens)
-
-    def _reserve(self, fill: int, needed: int) -> None:
-        if needed <= self._rows_CW.shape[0]:
-            return
-        size = min(self._max_rows, max(FIRST_ROWS, needed, 2 * fill))
-        grown_CW = torch.empty(size, self._shape.width, dtype=torch.bfloat16)
-        grown_CW[:fill] = self._rows_CW[:fill]
-        self._rows_CW = grown_CW
 
 
 def prompt_digest(prompt_ids: Sequence[int]) -> str:
