@@ -22,14 +22,14 @@ from typing import Any
 import options
 import torch
 
-from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.capture.reader import WindowStates, read_states
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.recipes import load
 from tide_pipeline.training.acceptance import acceptance_length, replay
 from tide_pipeline.training.batches import whole
-from tide_pipeline.training.data import TrainingSet, find_windows, read_training_set
+from tide_pipeline.training.data import WindowSplit, find_windows
 from tide_pipeline.training.loop import train_draft
 from tide_pipeline.training.loss import draft_ids
 from tide_pipeline.training.target_head import TargetHead, target_head_of
@@ -56,6 +56,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "hold, EMA 0.98": {"schedule": "hold", "ema_decay": 0.98},
         "constant, EMA 0.98, rate 3e-3": {"schedule": "constant", "ema_decay": 0.98, "learning_rate": 3e-3},
     },
+    "reject": {
+        "all rows alike": {"reject_weight": 0.0},
+        "rejected rows 2": {"reject_weight": 1.0},
+        "rejected rows 4": {"reject_weight": 3.0},
+    },
     "confirm": {
         "linear": {"schedule": "linear", "ema_decay": 0.0},
         "constant, EMA 0.98": {"schedule": "constant", "ema_decay": 0.98},
@@ -80,18 +85,18 @@ def sampled_acceptance(draft: Eagle3Draft, head: TargetHead, windows: Sequence[W
     return float(torch.cat(kept).mean())
 
 
-def measure(folder: Path, head: TargetHead, data: TrainingSet, draft_length: int) -> dict[str, float]:
+def measure(folder: Path, head: TargetHead, data: WindowSplit, draft_length: int) -> dict[str, float]:
     draft = load_draft(folder, head.shape, head.identity)
-    cold, hot = ([w for w in data.focus_held_out if (w.window.temperature > 0) == sampled] for sampled in (False, True))
+    cold, hot = ([s for s in read_states(data.focus_held_out) if (s.window.temperature > 0) == sampled] for sampled in (False, True))
 
     def length(windows: Sequence[WindowStates]) -> float:
         return acceptance_length(replay(draft, head.embedding_VD, windows, draft_length))
 
     return {"greedy": length(cold), "sampled_greedy_walk": length(hot), "sampled_first_token": sampled_acceptance(draft, head, hot),
-            "others_greedy": length([w for w in data.replay_held_out if w.window.temperature == 0])}
+            "others_greedy": length([s for s in read_states(data.replay_held_out) if s.window.temperature == 0])}
 
 
-def train(config: TideConfig, workload: str, champion: Path | None, head: TargetHead, data: TrainingSet) -> dict[str, Any]:
+def train(config: TideConfig, workload: str, champion: Path | None, head: TargetHead, data: WindowSplit) -> dict[str, Any]:
     """Train once and measure what it exported."""
     with tempfile.TemporaryDirectory(prefix="tide-train-") as scratch:
         began = time.process_time()
@@ -122,7 +127,7 @@ def main() -> None:
     config = override(load(values={"state_dir": str(args.state)}), {"training": {
         "time_budget_s": 0.0, "max_steps": args.steps, "eval_every_steps": max(args.steps // 3, 1), "nice": 0, **json.loads(args.set)}})
     head = target_head_of(config)
-    data = read_training_set(find_windows(config, args.workload, head.digest), head)
+    data = find_windows(config, args.workload, head.digest)
     result |= {"workload": args.workload, "from_scratch": args.champion is None, "steps": args.steps, "rows": data.num_rows,
                "held_out": len(data.focus_held_out), "settings": dataclasses.asdict(config.training), "variants": {}}
     if args.champion:

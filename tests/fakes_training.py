@@ -20,6 +20,7 @@ from tide_pipeline.contracts import SamplingParams, SignalWindow
 from tide_pipeline.models.checkpoint import shape_for
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target, TargetShape
+from tide_pipeline.training.batches import Batch, Sampler, pack
 
 DIMENSIONS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
               "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 256}
@@ -102,10 +103,10 @@ def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None =
     writer = LakeWriter(config.capture, config.target, lake or config.state.lake, "replica-0")
     for w in windows:
         rows = w.taps_TG if w.final_TD is None else torch.cat((w.taps_TG, w.final_TD), dim=-1)
-        s = w.window
+        s, rejected = w.window, [(position, token) for position, token in w.rejected_R2.tolist()]
         assert writer.offer_window(ClosedWindow(
             s.request_id, s.tenant, s.workload, s.draft_version, s.engine_digest, "auto", SamplingParams(temperature=s.temperature),
-            s.num_prompt_tokens, s.prompt_digest, s.start_pos, w.token_ids.tolist(), [], rows, DIMENSIONS["hidden_size"], 3,
+            s.num_prompt_tokens, s.prompt_digest, s.start_pos, w.token_ids.tolist(), rejected, rows, DIMENSIONS["hidden_size"], 3,
             w.final_TD is not None, s.closed_at))
     assert writer.flush()
     writer.close()
@@ -128,3 +129,8 @@ def made_up(request_id: str, rows: int, start_pos: int = 0) -> WindowStates:
     base = start_pos + torch.arange(rows + 1)
     window = SignalWindow("memory://", 0, request_id, "default", "de", "none", "none", start_pos, rows, 4, request_id, 0.0, 0.0)
     return WindowStates(window, base * 7 % 61, base[:rows, None].repeat(1, 6).bfloat16(), base[:rows, None].repeat(1, 2).bfloat16())
+
+
+def batch_of(sampler: Sampler[WindowStates], step: int) -> Batch:
+    """The packed batch of a step."""
+    return pack(sampler.slices(step), sampler.window_rows)

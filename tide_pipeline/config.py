@@ -97,6 +97,7 @@ class TrainingSettings:
     soft_share: float = 0.5            # weight of the soft (KL) loss; the rest is hard CE
     accept_share: float = 0.0          # weight of the acceptance-direct loss (1 - sum min(p, q)); the rest is the above
     step_decay: float = 0.9            # loss weight per TTT step
+    reject_weight: float = 0.0         # added to the weight 1 of rows where the draft that served was rejected; 0 is off
     replay_share: float = 0.4          # of batches, from the replay set (other workloads, older windows)
     eval_share: float = 0.12           # of prompts, held out with all their requests
     eval_every_s: float = 10.0
@@ -104,6 +105,7 @@ class TrainingSettings:
     ema_decay: float = 0.0             # of averaged weights, evaluated beside the live ones and exported when better; 0 is off
     checkpoint_every_s: float = 15.0   # 0 is after every step
     max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
+    cache_mb: float = 4_096.0          # of states (10^6 bytes) in the memory of a process; windows beyond it are read as they come up
     seed: int = 0
     optimizer: str = "adamw"           # adamw, or muon: Muon for the layer's matrices, AdamW for the rest
     muon_learning_rate: float = 0.02

@@ -187,6 +187,7 @@ class SignalWindow:
     prompt_digest: str = field(repr=False)     # of the request's whole prompt; user data, as prompts can be guessed from it
     temperature: float
     closed_at: float
+    digest: str = field(default="", repr=False)    # of tokens and states; with the request and the position it outlives compaction
 
 
 # --- drift, training, gate, deployment -------------------------------------------------------------------------

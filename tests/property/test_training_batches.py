@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes_training import made_up
+from tests.fakes_training import batch_of, made_up
 from tide_pipeline.training.acceptance import walk
 from tide_pipeline.training.batches import NO_LABEL, Sampler, labelled_rows
 
@@ -15,7 +15,7 @@ def test_packed_rows_are_the_windows_rows(lengths: list[int], batch_rows: int, w
     windows = [made_up(f"r{i}", rows, start_pos=i * 5) for i, rows in enumerate(lengths)]
     by_id = {w.window.request_id: w for w in windows}
     sampler = Sampler(windows, windows[:1], batch_rows, width, share, seed=1)
-    batch = sampler.batch(step)
+    batch = batch_of(sampler, step)
     offsets = batch.offsets_BT[batch.labels_BT != NO_LABEL]
     assert labelled_rows(sampler.slices(step), 3) == [int((offsets >= j).sum()) for j in range(3)]
     assert batch.next_ids_BT.shape == (batch_rows, width) and batch.num_rows > 0

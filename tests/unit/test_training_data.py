@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes_training import captured, open_target, tiny_engine, to_lake
-from tide_pipeline.capture.reader import list_windows
+from tests.fakes_training import batch_of, captured, open_target, tiny_engine, to_lake
+from tide_pipeline.capture.reader import list_windows, read_states
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CheckpointError, EngineMismatch, NotEnoughSignals
 from tide_pipeline.training.batches import Sampler
-from tide_pipeline.training.data import find_windows, is_held_out, read_held_out, read_training_set, split_windows
+from tide_pipeline.training.data import WindowSplit, find_windows, is_held_out, read_held_out, split_windows
+from tide_pipeline.training.look import look_through
+from tide_pipeline.training.places import window_reader
 from tide_pipeline.training.snapshot import RUN, load_run, save_run
-from tide_pipeline.training.target_head import read_target_head, target_head_of
+from tide_pipeline.training.target_head import TargetHead, read_target_head, target_head_of
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
     return config
 
 
+def readable(config: TideConfig, split: WindowSplit, head: TargetHead) -> WindowSplit:
+    return look_through(split, head, window_reader(config), 0).windows
+
+
 def test_split_is_by_prompt_and_reports_what_was_left_out(config: TideConfig) -> None:
     head = target_head_of(config)
     split = find_windows(config, "de", head.digest)
-    data = read_training_set(split, head)
-    train, held_out = ({w.window.prompt_digest for w in part} for part in (data.train, data.focus_held_out + data.replay_held_out))
+    data = readable(config, split, head)
+    train, held_out = ({w.prompt_digest for w in part} for part in (data.train, data.focus_held_out + data.replay_held_out))
     assert not train & held_out and len(train) + len(held_out) == 42
-    assert {w.window.workload for w in data.focus} == {"de"} and {w.window.workload for w in data.replay} == {"py"}
+    assert {w.workload for w in data.focus} == {"de"} and {w.workload for w in data.replay} == {"py"}
     assert data.skipped == {"made by another engine": 3}
     assert all(is_held_out(p, 0.2) for p in held_out) and not any(is_held_out(p, 0.2) for p in train)
     assert {w.window.workload for w in read_held_out(split, head, 2)} == {"de", "py"}
@@ -49,8 +55,8 @@ def test_requests_with_the_same_prompt_stay_on_one_side(config: TideConfig, tmp_
              for i, w in enumerate(captured(target, "de", 30))]
     lake = override(config, {"state_dir": str(tmp_path)})
     to_lake(lake, captured(target, "de", 30) + again)
-    data = read_training_set(find_windows(lake, "de", target.digest), target_head_of(config))
-    train, held_out = ({tuple(w.token_ids[: w.window.num_prompt_tokens].tolist()) for w in part}
+    data = readable(lake, find_windows(lake, "de", target.digest), target_head_of(config))
+    train, held_out = ({tuple(w.token_ids[: w.window.num_prompt_tokens].tolist()) for w in read_states(part)}
                        for part in (data.train, data.focus_held_out + data.replay_held_out))
     assert not train & held_out and len(train) + len(held_out) == 30
 
@@ -127,12 +133,12 @@ def test_batches_depend_on_seed_and_step_alone_and_mix_replay_evenly(config: Tid
     target = open_target(config)
     focus, replay = captured(target, "de", 6), captured(target, "py", 4, seed=1)
     sampler, again = Sampler(focus, replay, 2, 40, 0.25, 7), Sampler(focus, replay, 2, 40, 0.25, 7)
-    assert sampler.batch(5).next_ids_BT.equal(again.batch(5).next_ids_BT)
-    assert not sampler.batch(5).next_ids_BT.equal(sampler.batch(6).next_ids_BT)
-    drawn = [row[0].request_id.split("-")[0] for step in range(20) for row in sampler.batch(step).windows]
+    assert batch_of(sampler, 5).next_ids_BT.equal(batch_of(again, 5).next_ids_BT)
+    assert not batch_of(sampler, 5).next_ids_BT.equal(batch_of(sampler, 6).next_ids_BT)
+    drawn = [row[0].request_id.split("-")[0] for step in range(20) for row in batch_of(sampler, step).windows]
     assert drawn.count("py") == 10 and len(drawn) == 40
     for step in range(0, 20, 2):                                                  # one in four, never two rows of four without
-        rows = sampler.batch(step).windows + sampler.batch(step + 1).windows
+        rows = batch_of(sampler, step).windows + batch_of(sampler, step + 1).windows
         assert [row[0].request_id.split("-")[0] for row in rows].count("py") == 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes_training import captured, open_target, tiny_engine, to_lake
+from tests.fakes_training import batch_of, captured, open_target, tiny_engine, to_lake
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.errors import EngineMismatch, TrainingFailed
 from tide_pipeline.models.checkpoint import digest_draft, load_draft
@@ -114,7 +114,7 @@ def test_five_seeded_losses_are_those_on_record(config: TideConfig) -> None:
     sampler = Sampler(captured(target, "de", 6), captured(target, "py", 3, seed=1), 2, 40, 0.4, 0)
     losses = []
     for step in range(5):
-        loss = ttt_loss(draft, sampler.batch(step), target.embedding_VD, target.lm_head_VD, LossWeights(3, 0.5, 0.9))
+        loss = ttt_loss(draft, batch_of(sampler, step), target.embedding_VD, target.lm_head_VD, LossWeights(3, 0.5, 0.9))
         draft.zero_grad()
         loss.backward()
         with torch.no_grad():

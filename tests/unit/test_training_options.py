@@ -16,7 +16,7 @@ from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.training import run as run_module
 from tide_pipeline.training.acceptance import acceptance_length, replay
 from tide_pipeline.training.average import Average
-from tide_pipeline.training.data import find_windows, read_training_set
+from tide_pipeline.training.data import find_windows, read_held_out
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
 from tide_pipeline.training.target_head import target_head_of
@@ -62,7 +62,8 @@ def test_averaged_weights_are_exported_when_they_are_better(config: TideConfig, 
     assert born["best_weights"] == "averaged"
     assert made.acceptance_length == max(max(p["acceptance_length"], p.get("averaged_acceptance_length", 0.0)) for p in evaluations)
     head = target_head_of(config)
-    held_out = read_training_set(find_windows(config, "de", head.digest), head).focus_held_out
+    split = find_windows(config, "de", head.digest)
+    held_out = [s for s in read_held_out(split, head, len(split.focus_held_out)) if s.window.workload == "de"]
     served = load_draft(tmp_path, head.shape, head.identity)
     measured = acceptance_length(replay(served, head.embedding_VD, held_out, config.gate.draft_length))
     assert measured == pytest.approx(made.acceptance_length, abs=0.1)             # in bf16, as it is served

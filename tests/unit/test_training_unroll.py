@@ -30,9 +30,9 @@ def test_every_row_of_every_depth_equals_the_runner(tmp_path: Path, depth: int) 
         for anchor in range(cut.rows - depth):
             cache = runner.new_cache(1, 64)
             rows = slice(cut.start, cut.start + anchor + 1)
-            ids = cut.states.token_ids[cut.start + 1 :]
+            ids = cut.source.token_ids[cut.start + 1 :]
             # positions in the runner's cache count from the slice's first row; rotary attention is relative
-            taps, positions = cut.states.taps_TG[rows].float(), torch.arange(anchor + 1)
+            taps, positions = cut.source.taps_TG[rows].float(), torch.arange(anchor + 1)
             got = runner.extend(taps, ids[: anchor + 1], positions, [anchor + 1], cache)[-1:]
             for j in range(1, depth + 1):
                 got = runner.step(got, ids[anchor + j][None], torch.tensor([anchor + j]), cache)

@@ -25,13 +25,15 @@ from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
-__all__ = ["WindowIndex", "WindowStates", "count_rows", "list_windows", "live_shards", "read_states"]
+__all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "identity", "list_windows", "live_shards", "read_states"]
 
 _log = logging.getLogger(__name__)
 
+Identity = tuple[str, int, int, float, str]
+
 _SMALL = ("schema_version", "request_id", "tenant", "workload", "draft_version", "engine_digest", "start_pos", "num_rows",
-          "num_prompt_tokens", "prompt_digest", "sampling", "closed_at")
-_STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "taps", "final", "digest")
+          "num_prompt_tokens", "prompt_digest", "sampling", "closed_at", "digest")
+_STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,16 @@ class WindowStates:
     token_ids: Tensor                      # int64 [T + 1]
     taps_TG: Tensor                        # bf16 [T, num_taps * D]
     final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
-    digest: str = ""                       # of the window as it lies in the lake
+    rejected_R2: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int32))    # position, rejected draft token
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.taps_TG)
+
+
+def identity(window: SignalWindow) -> Identity:
+    """What stays of a window wherever maintenance moves its row."""
+    return window.request_id, window.start_pos, window.num_rows, window.closed_at, window.digest
 
 
 def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
@@ -165,7 +176,7 @@ def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
         draft_version=columns["draft_version"][row], engine_digest=columns["engine_digest"][row], start_pos=columns["start_pos"][row],
         num_rows=columns["num_rows"][row], num_prompt_tokens=columns["num_prompt_tokens"][row],
         prompt_digest=columns["prompt_digest"][row], temperature=columns["sampling"][row]["temperature"],
-        closed_at=columns["closed_at"][row].timestamp(),
+        closed_at=columns["closed_at"][row].timestamp(), digest=columns["digest"][row],
     ) for row in range(len(columns["schema_version"])))
 
 
@@ -211,10 +222,18 @@ def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
     taps, final = cell["taps"].as_buffer(), cell["final"].as_buffer()
     if (cell["request_id"].as_py(), cell["start_pos"].as_py(), num_rows) != (window.request_id, window.start_pos, window.num_rows):
         return "the row holds another window: the shard was replaced; list the windows again"
+    if window.digest and cell["digest"].as_py() != window.digest:
+        return "the row holds another window of that request: the shard was replaced; list the windows again"
     if len(token_ids) != num_rows + 1 or taps.size != num_rows * num_taps * hidden_size * 2 or (
             final is not None and final.size != num_rows * hidden_size * 2):
         return f"{num_rows} rows of {num_taps} x {hidden_size} values don't fit {len(token_ids)} tokens and {taps.size} bytes of taps"
     if window_digest(token_ids, taps, final) != cell["digest"].as_py():
         return "its digest does not match: the file was altered or damaged"
     return WindowStates(window, torch.from_numpy(token_ids.astype(np.int64)), bf16_tensor(taps, num_rows),
-                        None if final is None else bf16_tensor(final, num_rows), cell["digest"].as_py())
+                        None if final is None else bf16_tensor(final, num_rows), _rejected(cell["rejected"].values))
+
+
+def _rejected(pairs: Any) -> Tensor:
+    """[R, 2]: where each rejected draft token would have stood, and the token."""
+    columns = [pairs.field(name).to_numpy(zero_copy_only=False) for name in ("position", "token")]
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32))

@@ -17,6 +17,8 @@ def check(settings: TrainingSettings, processes: int = 1) -> TrainingSettings:
     for name in SHARES:
         _must(0.0 <= getattr(s, name) <= 1.0, name, getattr(s, name), "from 0 to 1")
     _must(0.0 <= s.ema_decay < 1.0, "ema_decay", s.ema_decay, "from 0 to below 1")
+    _must(s.reject_weight >= 0.0, "reject_weight", s.reject_weight, "0 or more")
+    _must(s.cache_mb > 0.0, "cache_mb", s.cache_mb, "more than 0")
     _must(s.max_steps > 0, "max_steps", s.max_steps, "at least 1")
     _must(s.ttt_steps > 0, "ttt_steps", s.ttt_steps, "at least 1")
     _must(s.batch_windows >= processes and s.batch_windows % processes == 0, "batch_windows", s.batch_windows,

@@ -28,7 +28,7 @@ MIN_ROWS = 8                       # of a window: shorter ones hold no chain wor
 
 @dataclass(frozen=True)
 class WindowSplit:
-    """Windows by use, newest first; nothing is read yet."""
+    """Windows by use, newest first as found, oldest first once looked through (look.py). Nothing of their states is in memory."""
 
     focus: list[SignalWindow]
     replay: list[SignalWindow]
@@ -36,25 +36,19 @@ class WindowSplit:
     replay_held_out: list[SignalWindow]
     skipped: Counter[str] = field(default_factory=Counter)      # reason -> windows or shards
 
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """The windows of a split, in memory as bf16."""
-
-    focus: list[WindowStates]
-    replay: list[WindowStates]
-    focus_held_out: list[WindowStates]
-    replay_held_out: list[WindowStates]
-    skipped: Counter[str]
+    @property
+    def parts(self) -> tuple[list[SignalWindow], list[SignalWindow], list[SignalWindow], list[SignalWindow]]:
+        """In the order of the fields."""
+        return self.focus, self.replay, self.focus_held_out, self.replay_held_out
 
     @property
-    def train(self) -> list[WindowStates]:
+    def train(self) -> list[SignalWindow]:
         return self.focus + self.replay
 
     @property
     def num_rows(self) -> int:
         """Token rows trained on."""
-        return sum(len(w.taps_TG) for w in self.train)
+        return sum(w.num_rows for w in self.train)
 
 
 def is_held_out(prompt_digest: str, eval_share: float) -> bool:
@@ -114,17 +108,6 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     return split
 
 
-def read_training_set(split: WindowSplit, head: TargetHead) -> TrainingSet:
-    """Read the states. Damaged windows, and windows of other widths than the engine's, are skipped and counted."""
-    skipped = Counter(split.skipped)
-    parts = [_read(part, head, skipped) for part in (split.focus, split.replay, split.focus_held_out, split.replay_held_out)]
-    data = TrainingSet(parts[0], parts[1], parts[2], parts[3], skipped)
-    if not data.focus or not data.focus_held_out:
-        raise NotEnoughSignals(f"{len(data.focus)} readable windows to train on and {len(data.focus_held_out)} held out; skipped: "
-                               f"{dict(skipped)}. Run `tide signals verify`, or capture again")
-    return data
-
-
 def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
     """States of up to `per_workload` held-out windows of each workload: the newest, but one of every prompt before a second of any."""
     taken: Counter[str] = Counter()
@@ -133,7 +116,15 @@ def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> li
         taken[w.workload] += 1
         if taken[w.workload] <= per_workload:
             chosen.append(w)
-    return _read(chosen, head, Counter())
+    found = [states for states in read_states(chosen) if not misfit(states, head)]
+    return sorted(found, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
+
+
+def misfit(states: WindowStates, head: TargetHead) -> str:
+    """Why states are not of this engine; "" when they are."""
+    width, with_final = len(head.spec.capture_layers) * head.shape.hidden_size, head.spec.soft_targets
+    fits = states.taps_TG.shape[1] == width and (states.final_TD is not None) == with_final
+    return "" if fits else "taps or final states do not fit the engine"
 
 
 def _prompts_in_turn(windows: Sequence[SignalWindow]) -> list[SignalWindow]:
@@ -144,18 +135,6 @@ def _prompts_in_turn(windows: Sequence[SignalWindow]) -> list[SignalWindow]:
         turns.append(seen[w.workload, w.prompt_digest])
         seen[w.workload, w.prompt_digest] += 1
     return [windows[i] for i in sorted(range(len(windows)), key=turns.__getitem__)]
-
-
-def _read(windows: Sequence[SignalWindow], head: TargetHead, skipped: Counter[str]) -> list[WindowStates]:
-    """Oldest first, whatever order the shards were read in."""
-    width, with_final = len(head.spec.capture_layers) * head.shape.hidden_size, head.spec.soft_targets
-    kept = []
-    for states in read_states(windows, on_skip=lambda _, reason: skipped.update([reason])):
-        if states.taps_TG.shape[1] != width or (states.final_TD is None) == with_final:
-            skipped["taps or final states do not fit the engine"] += 1
-        else:
-            kept.append(states)
-    return sorted(kept, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
 
 
 def _dated(window: SignalWindow, workload: str, focus_since: float) -> SignalWindow:

@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.eagle3 import Eagle3Draft
-from tide_pipeline.training.batches import Slice, labelled_rows, pack
+from tide_pipeline.training.batches import S, Slice, labelled_rows, pack, rejected_counts
 from tide_pipeline.training.loss import LossWeights, ttt_loss
 from tide_pipeline.training.target_head import TargetHead
+from tide_pipeline.training.team import Team
 
-Rows = Sequence[Sequence[Slice]]
+Rows = Sequence[Sequence[Slice[WindowStates]]]
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,7 @@ class GradientMaker:
     def trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.draft.parameters() if p.requires_grad]
 
-    def run(self, rows: Rows, num_rows: Sequence[int]) -> Tensor:
+    def run(self, rows: Rows, num_rows: Sequence[float]) -> Tensor:
         """Add the gradient of `rows`, whose loss is divided by `num_rows`; returns the loss (no gradient).
 
         Raises:
@@ -67,24 +69,34 @@ class GradientMaker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def alone(self, cut: Slice) -> float:
+    def alone(self, cut: Slice[WindowStates]) -> float:
         """The loss of one slice by itself; NaN where its gradient is not finite. Clears gradients."""
         self.clear()
-        loss = float(self._accumulate([[cut]], labelled_rows([[cut]], self.weights.ttt_steps)))
+        loss = float(self._accumulate([[cut]], divisors([[cut]], [[cut]], self.weights, Team())))
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self.trained if p.grad is not None)
         self.clear()
         return loss if finite else math.nan
 
-    def _accumulate(self, rows: Rows, num_rows: Sequence[int]) -> Tensor:
+    def _accumulate(self, rows: Rows, num_rows: Sequence[float]) -> Tensor:
         device = self.head.embedding_VD.device
         total, size = torch.zeros((), device=device), math.ceil(len(rows) / self.parts)
         for first in range(0, len(rows), size):
-            batch = pack(rows[first : first + size], self.width).to(device)
+            batch = pack(rows[first : first + size], self.width, self.weights.reject_weight).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 loss = ttt_loss(self.draft, batch, self.head.embedding_VD, self.head.lm_head_VD, self.weights, num_rows)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+
+def divisors(drawn: Sequence[Sequence[Slice[S]]], mine: Rows, weights: LossWeights, team: Team) -> Sequence[float]:
+    """What the loss of a whole batch is divided by at each depth: its labelled rows, rejected ones as 1 + reject_weight of them."""
+    labelled = labelled_rows(drawn, weights.ttt_steps)
+    if weights.reject_weight == 0:
+        return labelled
+    rejected = torch.tensor(rejected_counts(mine, weights.ttt_steps), dtype=torch.float64, device=team.device)
+    team.add_up([rejected])
+    return [n + weights.reject_weight * r for n, r in zip(labelled, rejected.tolist(), strict=True)]
 
 
 def blame(maker: GradientMaker, rows: Rows) -> list[tuple[float, str]]:
@@ -94,14 +106,14 @@ def blame(maker: GradientMaker, rows: Rows) -> list[tuple[float, str]]:
     return [(maker.alone(cut), _name(cut) + (", whose states are not finite" if broken else "")) for cut in broken or cuts]
 
 
-def _finite(cut: Slice) -> bool:
+def _finite(cut: Slice[WindowStates]) -> bool:
     """Its rows' taps, and the teacher states behind them."""
     rows = slice(cut.start, cut.start + cut.rows + 1)
-    return all(bool(torch.isfinite(t[rows]).all()) for t in (cut.states.taps_TG[:rows.stop - 1], cut.states.final_TD) if t is not None)
+    return all(bool(torch.isfinite(t[rows]).all()) for t in (cut.source.taps_TG[:rows.stop - 1], cut.source.final_TD) if t is not None)
 
 
-def _name(cut: Slice) -> str:
-    w = cut.states.window
+def _name(cut: Slice[WindowStates]) -> str:
+    w = cut.source.window
     return f"request {w.request_id}, window at position {w.start_pos} ({Path(w.uri).name} row {w.row})"
 
 

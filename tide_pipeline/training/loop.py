@@ -20,16 +20,21 @@ from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.checkpoint import digest_draft, load_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.training.checks import check
-from tide_pipeline.training.data import TrainingSet, WindowSplit, find_windows, read_training_set
+from tide_pipeline.training.data import find_windows
+from tide_pipeline.training.look import Look, look_again, look_through
+from tide_pipeline.training.places import WindowReader, window_reader
 from tide_pipeline.training.progress import TrainProgress
 from tide_pipeline.training.run import Report, Run, TrainingInterrupted
 from tide_pipeline.training.scale import channel_scale, for_raw_taps
 from tide_pipeline.training.snapshot import finished, load_run, read_checkpoint, save_run
+from tide_pipeline.training.stream import MB
 from tide_pipeline.training.target_head import TargetHead, target_head_of
 from tide_pipeline.training.team import Team
 from tide_pipeline.training.vocabulary import frequent_tokens, new_draft, with_vocabulary
 
 __all__ = ["TrainingInterrupted", "train_draft"]
+
+FREE = ("cache_mb",)               # settings that change nothing about the draft: a run may be gone on with under others
 
 
 def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: Path | None = None, parent: str = "",
@@ -44,7 +49,7 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
         SettingsError: a training setting has a value that makes no sense.
         NotEnoughSignals: too few windows, with the numbers.
         EngineMismatch: windows or champion belong to another engine.
-        TrainingFailed: NaN or exploding loss, or another unfinished run in `out_dir`.
+        TrainingFailed: NaN or exploding loss, another unfinished run in `out_dir`, or windows of this one that were deleted meanwhile.
         TrainingInterrupted: `should_stop` said so; a checkpoint was written.
     """
     team = team or Team(device=config.training.device)
@@ -56,38 +61,44 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
     origin = digest_draft(champion) if champion else ""
     parent = parent or origin[:12]
     facts = {"workload": workload, "engine_digest": head.digest, "parent": parent, "champion": origin, "focus_since": focus_since,
-             "processes": team.size, "settings": dataclasses.asdict(settings)}
+             "processes": team.size, "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}}
     if team.latest(float(team.is_first and finished(out_dir, facts)))[0]:
         return read_checkpoint(out_dir)
-    split = _windows(config, workload, head, out_dir, facts, team)
-    data = read_training_set(split, head)
-    run = Run(config, workload, out_dir, head.to(team.device), data, _start(champion, head, data, settings), team, progress, should_stop,
+    reader = window_reader(config)
+    look = _look(config, workload, head, reader, out_dir, facts, team)
+    draft = _start(champion, head, look, settings)
+    run = Run(config, workload, out_dir, head.to(team.device), look, reader, draft, team, progress, should_stop,
               {"parent_digest": origin, "focus_since": focus_since})
     run.resume()
     run.train()
     return run.finish(parent)
 
 
-def _windows(config: TideConfig, workload: str, head: TargetHead, out_dir: Path, facts: dict[str, Any], team: Team) -> WindowSplit:
-    """The same for every process, and for every time a run is taken up: the first one pins them in the folder."""
-    found = load_run(out_dir, facts) if team.is_first else None
-    if team.is_first and found is None:
-        found = find_windows(config, workload, head.digest, focus_since=facts["focus_since"])
-        save_run(out_dir, facts, found)
+def _look(config: TideConfig, workload: str, head: TargetHead, reader: WindowReader, out_dir: Path, facts: dict[str, Any],
+          team: Team) -> Look:
+    """At the same windows in every process, and every time a run is taken up: the first one pins in the folder those it could read."""
+    room_bytes = config.training.cache_mb * MB
+    pinned, look = load_run(out_dir, facts) if team.is_first else None, None
+    if team.is_first and pinned is None:
+        split = find_windows(config, workload, head.digest, focus_since=facts["focus_since"])
+        look = look_through(split, head, reader, room_bytes)
+        save_run(out_dir, facts, look.windows)
     team.wait()
-    found = found or load_run(out_dir, facts)
-    if found is None:
+    if look is not None:
+        return look
+    pinned = pinned or load_run(out_dir, facts)
+    if pinned is None:
         raise TrainingFailed(f"no run.json in {out_dir}, which another process of this run wrote: all of them need the same folder")
-    return found
+    return look_again(pinned, head, reader, room_bytes, out_dir)
 
 
-def _start(champion: Path | None, head: TargetHead, data: TrainingSet, settings: TrainingSettings) -> Eagle3Draft:
+def _start(champion: Path | None, head: TargetHead, look: Look, settings: TrainingSettings) -> Eagle3Draft:
     """The draft to begin with."""
     torch.manual_seed(settings.seed)
     keep = settings.draft_vocab_size
-    target_ids = frequent_tokens(data.train, head.shape.vocab_size, keep) if 0 < keep < head.shape.vocab_size else None
+    target_ids = frequent_tokens(look.counts_V, keep) if 0 < keep < head.shape.vocab_size else None
     if champion is None:
         draft = new_draft(head, target_ids)
-        for_raw_taps(draft, channel_scale(data.train))                      # its random fc is meant for inputs of unit size
+        for_raw_taps(draft, channel_scale(look.squares_G))                      # its random fc is meant for inputs of unit size
         return draft
     return with_vocabulary(load_draft(champion, head.shape, head.identity), head, target_ids)

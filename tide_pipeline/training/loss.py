@@ -10,7 +10,8 @@ CE and KL share their logits: with m = (1 - s) onehot(label) + s q their sum is 
 term is acceptance-direct: sum_x min(p, q) is the probability that speculative sampling accepts a token drawn from p, one minus
 the total variation. Its gradient in the logits is p (A - I), where I = [p < m] and A = p · I.
 
-N_j counts all labelled rows of the whole batch at depth j, so that parts of a batch (micro-batches, other processes) add up to it.
+N_j counts all labelled rows of the whole batch at depth j, so that parts of a batch (micro-batches, other processes) add up to it. Rows
+at which the serving draft was rejected may count as 1 + reject_weight rows, in the sum and in N_j: the mean weight is 1.
 
 B = batch rows, T = token rows, M = labelled rows, D = hidden size, V = target vocabulary, U = draft vocabulary.
 """
@@ -37,6 +38,7 @@ class LossWeights:
     soft_share: float
     step_decay: float
     accept_share: float = 0.0
+    reject_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,26 @@ class MixtureLoss(torch.autograd.Function):
 
 
 def ttt_loss(draft: Eagle3Draft, batch: Batch, embedding_VD: Tensor, lm_head_VD: Tensor, weights: LossWeights,
-             num_rows: Sequence[int] | None = None) -> Tensor:
+             num_rows: Sequence[float] | None = None) -> Tensor:
     """The loss of one batch, a scalar that can be differentiated. Zero when no row of the batch has a label.
 
-    `num_rows` is N_j where `batch` is only a part of what an update sees (`batches.labelled_rows`); by default its own rows count.
+    `num_rows` is N_j where `batch` is only a part of what an update sees (`batches.labelled_rows`, `rejected_counts`); by default its own
+    rows count.
     """
     targets = make_targets(batch, draft, lm_head_VD, weights.soft_share)
     offsets_M = batch.offsets_BT.flatten()[targets.rows_M]
+    row_weights_M = None if batch.weights_BT is None else batch.weights_BT.flatten()[targets.rows_M]
     if num_rows is None:
-        labelled = batch.offsets_BT[batch.labels_BT != NO_LABEL]
-        num_rows = [int((labelled >= j).sum()) for j in range(weights.ttt_steps)]
+        has_label = batch.labels_BT != NO_LABEL
+        reached = [has_label & (batch.offsets_BT >= j) for j in range(weights.ttt_steps)]
+        num_rows = [float(rows.sum() if batch.weights_BT is None else batch.weights_BT[rows].sum()) for rows in reached]
     unroll = Unroll(draft, embedding_VD, batch.taps_BTG, batch.positions_BT, batch.segments_BT)
     total = torch.zeros((), device=offsets_M.device)
     for j in range(weights.ttt_steps):
         states_MD = unroll.step(batch.next_ids_BT).flatten(0, 1)[targets.rows_M]
         weight_M = (offsets_M >= j) * (weights.step_decay**j / max(num_rows[j], 1))      # row t of step j needs an anchor, row t-j
+        if row_weights_M is not None:
+            weight_M = weight_M * row_weights_M
         logits_MU = draft.lm_head(draft.norm(states_MD))
         total = total + MixtureLoss.apply(logits_MU, targets.mixture_MU, weight_M, weights.accept_share)  # type: ignore[no-untyped-call]
         total = total - (1 - weights.accept_share) * (weight_M * targets.entropy_M).sum()

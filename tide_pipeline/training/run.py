@@ -15,20 +15,20 @@ from safetensors.torch import save
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import TideConfig
-from tide_pipeline.contracts import DraftCheckpoint
+from tide_pipeline.contracts import DraftCheckpoint, SignalWindow
 from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.checkpoint import save_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import digest_bytes, write_json
 from tide_pipeline.training.average import Average
-from tide_pipeline.training.batches import Sampler, labelled_rows
-from tide_pipeline.training.data import TrainingSet
-from tide_pipeline.training.gradient import GradientMaker, Rows, blame
+from tide_pipeline.training.gradient import GradientMaker, Rows, blame, divisors
+from tide_pipeline.training.look import Look
 from tide_pipeline.training.loss import LossWeights
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
+from tide_pipeline.training.places import WindowReader
 from tide_pipeline.training.progress import TrainProgress
 from tide_pipeline.training.scale import channel_scale, for_raw_taps, for_scaled_taps, scaled
-from tide_pipeline.training.selection import AVERAGED, LIVE, Selection
+from tide_pipeline.training.selection import AVERAGED, LIVE, Selection, newest_greedy
 from tide_pipeline.training.snapshot import (
     CHECKPOINT,
     Counters,
@@ -40,6 +40,7 @@ from tide_pipeline.training.snapshot import (
     set_random_states,
     write_metrics,
 )
+from tide_pipeline.training.stream import open_stream, read_all
 from tide_pipeline.training.target_head import TargetHead
 from tide_pipeline.training.team import Team
 
@@ -54,25 +55,30 @@ class TrainingInterrupted(TrainingFailed):
 class Run:
     """A cycle under way: weights, optimizer, counters."""
 
-    def __init__(self, config: TideConfig, workload: str, folder: Path, head: TargetHead, data: TrainingSet, draft: Eagle3Draft,
-                 team: Team, progress: Report, should_stop: Callable[[], bool], origin: Mapping[str, Any]) -> None:
+    def __init__(self, config: TideConfig, workload: str, folder: Path, head: TargetHead, look: Look, reader: WindowReader,
+                 draft: Eagle3Draft, team: Team, progress: Report, should_stop: Callable[[], bool], origin: Mapping[str, Any]) -> None:
         s = self.settings = config.training
         self.config, self.workload, self.folder, self.head, self.team = config, workload, folder, head, team
         self.origin = origin                                   # more of where the draft comes from, for its provenance
-        self.scale_G = channel_scale(data.train)
-        self.data = data = scaled(data, self.scale_G)
+        self.scale_G = channel_scale(look.squares_G)
+        self.windows, self.reader = look.windows, reader
+        self.held_out = self.mine(newest_greedy(look.windows.focus_held_out, s.eval_windows))
         self.draft = draft.to(team.device)
         for_scaled_taps(self.draft, self.scale_G)
         self.draft.lm_head.weight.requires_grad_(s.train_lm_head)
         self.optimizer = Optimizer(self.draft, s)
         self.average = Average(self.draft, s.ema_decay)
-        self.sampler = Sampler(data.focus, data.replay, s.batch_windows, s.window_rows, s.replay_share, s.seed)
-        self.maker = GradientMaker(self.draft, head, LossWeights(s.ttt_steps, s.soft_share, s.step_decay, s.accept_share), s.window_rows,
-                                   s.autocast, s.accumulate)
-        self.selection = Selection(self.maker, self.average, config.gate.draft_length, s.eval_windows, team)
+        self.stream = open_stream(s, look, head, reader, team, self.held_out, self.scale_G)
+        weights = LossWeights(s.ttt_steps, s.soft_share, s.step_decay, s.accept_share, s.reject_weight)
+        self.maker = GradientMaker(self.draft, head, weights, s.window_rows, s.autocast, s.accumulate)
+        self.selection = Selection(self.maker, self.average, config.gate.draft_length, team)
         self.counters = Counters()
         self.report, self.should_stop = progress, should_stop
         self.losses: list[float] = []
+
+    def mine(self, windows: Sequence[SignalWindow]) -> list[WindowStates]:
+        """States of this process's share of held-out windows."""
+        return [scaled(states, self.scale_G) for states in read_all(self.reader, self.team.mine(windows))]
 
     def resume(self) -> None:
         """Take up the snapshot in the folder; without one, evaluate the draft it starts from."""
@@ -83,7 +89,7 @@ class Run:
             return
         self.counters, groups = found
         if not groups["scale"]["taps"].equal(self.scale_G):
-            raise TrainingFailed(f"windows of the run in {self.folder} are gone from the lake: remove the folder and train again")
+            raise TrainingFailed(f"the windows of the run in {self.folder} are not those it began with: remove the folder and train again")
         self.draft.load_state_dict(groups["draft"])
         self.optimizer.load(groups.get("optimizer", {}))
         self.average.load(groups.get("average", {}))
@@ -127,9 +133,8 @@ class Run:
     def step(self) -> float:
         """One batch: loss, gradient, update. All processes of a team make the same update."""
         c, s = self.counters, self.settings
-        rows = self.sampler.slices(c.step)
-        mine = self.team.mine(rows)
-        loss = self.maker.run(mine, labelled_rows(rows, s.ttt_steps))
+        rows, mine = self.stream.batch(c.step)
+        loss = self.maker.run(mine, divisors(rows, mine, self.maker.weights, self.team))
         c.parts = self.maker.parts
         trained = self.maker.trained
         self.team.add_up([loss, *(p.grad for p in trained if p.grad is not None)])
@@ -173,7 +178,7 @@ class Run:
     def evaluate(self) -> None:
         """Offline acceptance on the held-out windows of the workload; remembers the best weights."""
         c = self.counters
-        found = self.selection.measure(self.data.focus_held_out, c)
+        found = self.selection.measure(self.held_out, c)
         c.evaluated_step = c.step
         point = {"step": c.step, "elapsed_s": round(c.elapsed_s, 3), "acceptance_length": found[LIVE]}
         c.curve.append(point | ({"averaged_acceptance_length": found[AVERAGED]} if AVERAGED in found else {}))
@@ -197,7 +202,7 @@ class Run:
 
     def finish(self, parent: str) -> DraftCheckpoint:
         """Evaluate the last weights, keep the better of last and best, write the checkpoint folder."""
-        c, s, data = self.counters, self.settings, self.data
+        c, s, w = self.counters, self.settings, self.windows
         if len(set(self.team.everyones(self.fingerprint()))) > 1:
             raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
                                  "again in another folder, with one process if it stays so")
@@ -206,14 +211,16 @@ class Run:
             self.evaluate()
         self.draft.load_state_dict(self.selection.best)
         self.tell("saving")
-        replay_acceptance = self.selection.acceptance_on(data.replay_held_out) if data.replay_held_out else 0.0
+        self.stream.close()
+        replayed = self.mine(newest_greedy(self.reader.locate(w.replay_held_out)[0], s.eval_windows))      # those that are still there
+        replay_acceptance = self.selection.acceptance_on(replayed) if w.replay_held_out else 0.0
         provenance: dict[str, Any] = {
             "workload": self.workload, "parent": parent, "settings": dataclasses.asdict(s), "seed": s.seed, "steps": c.step,
             "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size, "micro_batches": c.parts,
-            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(data.train), "rows": data.num_rows,
-            "requests": len({w.window.request_id for w in data.train}), "prompts": len({w.window.prompt_digest for w in data.train}),
-            "shards": shards(data.train), "shard_digests": shard_digests(data.train), "skipped": dict(data.skipped),
-            "engine_digest": self.head.digest, **self.origin,
+            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(w.train), "rows": w.num_rows,
+            "requests": len({window.request_id for window in w.train}), "prompts": len({window.prompt_digest for window in w.train}),
+            "shards": shards(w.train), "shard_digests": shard_digests(w.train), "skipped": dict(w.skipped),
+             "engine_digest": self.head.digest, **self.origin,
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
         for_raw_taps(self.draft, self.scale_G)
@@ -229,25 +236,25 @@ class Run:
 
     def write(self, parent: str, provenance: dict[str, Any]) -> None:
         """The draft's folder; checkpoint.json last."""
-        c, data = self.counters, self.data
+        c, w = self.counters, self.windows
         digest = save_draft(self.draft, self.folder, self.head.identity, provenance)
         checkpoint = DraftCheckpoint(str(self.folder), digest, self.config.target, self.head.digest, parent, c.step, round(c.elapsed_s, 1),
-                                     len(data.train), data.num_rows, c.best_acceptance)
+                                     len(w.train), w.num_rows, c.best_acceptance)
         write_json(self.folder / CHECKPOINT, dataclasses.asdict(checkpoint))
         finish(self.folder)
 
 
-def shards(windows: Sequence[WindowStates]) -> dict[str, list[int]]:
+def shards(windows: Sequence[SignalWindow]) -> dict[str, list[int]]:
     """Shard uri -> rows of it that were trained on."""
     found: dict[str, list[int]] = {}
     for w in windows:
-        found.setdefault(w.window.uri, []).append(w.window.row)
+        found.setdefault(w.uri, []).append(w.row)
     return {uri: sorted(rows) for uri, rows in sorted(found.items())}
 
 
-def shard_digests(windows: Sequence[WindowStates]) -> dict[str, str]:
+def shard_digests(windows: Sequence[SignalWindow]) -> dict[str, str]:
     """Shard uri -> SHA-256 over the digests of the windows of it that were trained on, in row order: one window's own stays in the lake."""
     found: dict[str, list[str]] = {}
-    for w in sorted(windows, key=lambda w: w.window.row):
-        found.setdefault(w.window.uri, []).append(w.digest)
+    for w in sorted(windows, key=lambda w: w.row):
+        found.setdefault(w.uri, []).append(w.digest)
     return {uri: digest_bytes("\n".join(digests).encode()) for uri, digests in sorted(found.items())}

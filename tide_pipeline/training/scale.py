@@ -8,29 +8,24 @@ channel is divided by a power of two near its size, and fc's columns are multipl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.models.eagle3 import Eagle3Draft
-from tide_pipeline.training.data import TrainingSet
 
 
-def channel_scale(windows: Sequence[WindowStates]) -> Tensor:
+def channel_scale(squares_G: Tensor) -> Tensor:
     """[G]: the power of two nearest to each channel's root mean square; 1 for dead channels and for those that are not finite."""
-    squares = torch.stack([w.taps_TG.float().square().mean(0).nan_to_num(0.0, 0.0, 0.0) for w in windows]).mean(0)
+    squares = squares_G.float()
     rms_G = torch.where(squares > 1e-8, squares, torch.ones_like(squares)).sqrt()
     return torch.exp2(rms_G.log2().round().clamp(-8, 12))
 
 
-def scaled(data: TrainingSet, scale_G: Tensor) -> TrainingSet:
-    """The same windows with their taps divided by the scale."""
-    def divide(windows: Sequence[WindowStates]) -> list[WindowStates]:
-        return [dataclasses.replace(w, taps_TG=w.taps_TG / scale_G.bfloat16()) for w in windows]
-
-    return TrainingSet(divide(data.focus), divide(data.replay), divide(data.focus_held_out), divide(data.replay_held_out), data.skipped)
+def scaled(states: WindowStates, scale_G: Tensor) -> WindowStates:
+    """The same window with its taps divided by the scale."""
+    return dataclasses.replace(states, taps_TG=states.taps_TG / scale_G.bfloat16())
 
 
 @torch.no_grad()

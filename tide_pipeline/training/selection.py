@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.training.acceptance import replay
 from tide_pipeline.training.average import Average
 from tide_pipeline.training.gradient import GradientMaker
@@ -17,32 +18,36 @@ from tide_pipeline.training.team import Team
 LIVE, AVERAGED = "live", "averaged"
 
 
+def newest_greedy(windows: Sequence[SignalWindow], count: int) -> list[SignalWindow]:
+    """The windows that a draft is measured on: the newest greedy ones, or sampled ones where there are no greedy ones."""
+    return ([w for w in windows if w.temperature == 0] or list(windows))[-count:]
+
+
 class Selection:
     """Measures, and keeps a copy of the best so far."""
 
-    def __init__(self, maker: GradientMaker, average: Average, draft_length: int, newest: int, team: Team) -> None:
+    def __init__(self, maker: GradientMaker, average: Average, draft_length: int, team: Team) -> None:
         self.draft, self.embedding_VD, self.average = maker.draft, maker.head.embedding_VD, average
-        self.draft_length, self.newest, self.team = draft_length, newest, team
+        self.draft_length, self.team = draft_length, team
         self.best: dict[str, Tensor] = {}
 
-    def measure(self, windows: Sequence[WindowStates], c: Counters) -> dict[str, float]:
+    def measure(self, mine: Sequence[WindowStates], c: Counters) -> dict[str, float]:
         """Acceptance of the live and of the averaged weights; sets the counters' last and best."""
-        found = {LIVE: self.acceptance_on(windows)}
+        found = {LIVE: self.acceptance_on(mine)}
         self._offer(LIVE, found[LIVE], c)
         if self.average.held and c.step > 0:
             live = self._weights()
             self.draft.load_state_dict(self.average.held, strict=False)
-            found[AVERAGED] = self.acceptance_on(windows)
+            found[AVERAGED] = self.acceptance_on(mine)
             self._offer(AVERAGED, found[AVERAGED], c)
             self.draft.load_state_dict(live)
         c.last_acceptance = max(found.values())
         c.stale_evaluations = 0 if c.best_step == c.step else c.stale_evaluations + 1
         return found
 
-    def acceptance_on(self, windows: Sequence[WindowStates]) -> float:
-        """Over the newest greedy windows, or sampled ones where there are no greedy ones; 1.0 without a step."""
-        chosen = ([w for w in windows if w.window.temperature == 0] or list(windows))[-self.newest :]
-        replays = list(replay(self.draft, self.embedding_VD, self.team.mine(chosen), self.draft_length))
+    def acceptance_on(self, mine: Sequence[WindowStates]) -> float:
+        """Over the windows of all processes, of which `mine` are this one's; 1.0 without a step."""
+        replays = list(replay(self.draft, self.embedding_VD, mine, self.draft_length))
         steps = torch.tensor([sum(sum(r.accepted) for r in replays), sum(r.steps for r in replays)], device=self.embedding_VD.device)
         self.team.add_up([steps])
         return 1.0 + float(steps[0]) / max(float(steps[1]), 1.0)

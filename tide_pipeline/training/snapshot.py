@@ -1,6 +1,7 @@
 """A training run on disk, so that it can be killed at any step and go on. safetensors and JSON only: nothing is unpickled.
 
-    run.json             what the run is: workload, settings, parent, the windows it reads (references and prompt digests, no tokens)
+    run.json             what the run is: workload, settings, parent, the windows it reads (references, prompt digests and digests of their
+                         states, which find them again after compaction; no tokens)
     resume.safetensors   weights, their average, optimizer state, best weights so far, states of the random number generators; counters
                          (step = position in the data, budget used, micro-batches, evaluations without a gain) and the curve in its header
     metrics.jsonl        the curve, for MLflow and for people
@@ -82,7 +83,7 @@ def write_metrics(folder: Path, curve: list[dict[str, Any]]) -> None:
 
 def save_run(folder: Path, facts: dict[str, Any], split: WindowSplit) -> None:
     """Pin what a run is before its first step."""
-    windows = {part: [dataclasses.asdict(w) for w in getattr(split, part)] for part in _PARTS}
+    windows = {name: [dataclasses.asdict(w) for w in part] for name, part in zip(_PARTS, split.parts, strict=True)}
     (folder / CHECKPOINT).unlink(missing_ok=True)              # of an earlier run in the same folder
     run = {"facts": facts, "skipped": dict(split.skipped), "windows": windows}
     write_atomic(folder / RUN, (json.dumps(run, indent=2, default=str) + "\n").encode(), mode=0o600)
@@ -99,7 +100,7 @@ def load_run(folder: Path, facts: dict[str, Any]) -> WindowSplit | None:
         return None
     try:
         run = json.loads(file.read_text())
-        parts = [[from_dict(SignalWindow, w) for w in run["windows"][part]] for part in _PARTS]
+        parts = [[from_dict(SignalWindow, w) for w in run["windows"][name]] for name in _PARTS]
         split = WindowSplit(parts[0], parts[1], parts[2], parts[3], Counter(run["skipped"]))
         found = run["facts"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

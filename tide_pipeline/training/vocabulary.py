@@ -5,24 +5,18 @@ A draft that lacks the new workload's tokens can never propose them; so a reduce
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.models.checkpoint import shape_for
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.training.loss import draft_ids
 from tide_pipeline.training.target_head import TargetHead
 
 
-def frequent_tokens(windows: Iterable[WindowStates], vocab_size: int, keep: int) -> Tensor:
+def frequent_tokens(counts_V: Tensor, keep: int) -> Tensor:
     """The `keep` most frequent token ids, sorted; ties and unseen tokens by lower id."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for w in windows:
-        counts += torch.bincount(w.token_ids, minlength=vocab_size)
-    return counts.argsort(descending=True, stable=True)[:keep].sort().values
+    return counts_V.argsort(descending=True, stable=True)[:keep].sort().values
 
 
 def new_draft(head: TargetHead, target_ids: Tensor | None) -> Eagle3Draft:
