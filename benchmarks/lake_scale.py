@@ -3,7 +3,7 @@
     python benchmarks/lake_scale.py --json benchmarks/results/lake_scale_2cores.json
 
     acceptance   made-up logs of 1 and 10 million rows at the same rate: 7 days of them, hourly shards as `tide signals compact` leaves
-                 them and the last half hour in a shard every 2 s; and the same 10 million in 10,000 small shards. `judge_drift` is what
+                 them and the last half hour in a shard every 2 s; and the same 10 million in 5,000 small shards. `judge_drift` is what
                  the drift sensor calls at each tick: `first_s` in a fresh process, without a deployment record to say where the draft's
                  life began, `again_s` the ticks after it. Beside it the group-by of docs/signals.md over every row.
     signals      500 and 5,000 shards of 8 small windows: `list_windows` in a fresh process and again, the newest 4,000 and all of them,
@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -179,14 +180,15 @@ def alone(quick: bool, work: Callable[..., dict[str, Any]], *args: Any) -> dict[
 def acceptance(folder: Path, quick: bool) -> list[dict[str, Any]]:
     big, day, out = (200_000, 8640.0, []) if quick else (10_000_000, 86_400.0, [])
     for name, rows, seconds, shard_s in (("hourly", big // 10, 0.7 * day, 0.0), ("hourly", big, 7 * day, 0.0),
-                                         ("small shards", big, 7 * day, 7 * day / (100 if quick else 10_000))):
+                                         ("small shards", big, 7 * day, 7 * day / (100 if quick else 5_000))):
         now = time.time()
         config = override(TideConfig(), {"engine": TARGET, "state_dir": str(folder / f"{name}-{rows}")})
         shards = make_acceptance(open_store(config.state.acceptance), now, rows, seconds, shard_s, 30.0 if quick else 2.0)
         size = sum(file.size for file in open_store(config.state.acceptance).files(recursive=True))
         out.append({"layout": name, "rows": rows, "shards": shards, "mb": round(size / 1e6), "days": round(seconds / 86_400, 2),
                     "judge_drift": alone(quick, _sensor, config, now, 2 if quick else 20),
-                    "every_row": [alone(quick, _whole_log, config, threads, 1 if quick else 5) for threads in (1, 2)]})
+                    "every_row": [alone(quick, _whole_log, config, threads, 1 if quick else 3) for threads in (1, 2)]})
+        print(json.dumps(out[-1]), file=sys.stderr, flush=True)
     return out
 
 
@@ -195,8 +197,9 @@ def signals(folder: Path, quick: bool) -> list[dict[str, Any]]:
     for shards in (20, 100) if quick else (500, 5000):
         root, now = folder / f"signals-{shards}", time.time()
         make_signals(open_store(root), now, shards)
-        out.append({"shards": shards, "list_windows": [alone(quick, _listing, root, limit, now, 1 if quick else 5)
+        out.append({"shards": shards, "list_windows": [alone(quick, _listing, root, limit, now, 1 if quick else 3)
                                                        for limit in (4000, None)]})
+        print(json.dumps(out[-1]), file=sys.stderr, flush=True)
     return out
 
 

@@ -142,6 +142,7 @@ def _datasets(sql: str) -> list[str]:
 def _create_views(connection: Any, config: TideConfig, period: Period, datasets: Iterable[str], with_text: bool = False) -> list[str]:
     """Create VIEWS, of these datasets; the files they read."""
     connection.execute("set TimeZone = 'UTC'")
+    connection.execute("set enable_progress_bar = false")      # it goes to stdout, into the answer
     skipped, used = [], []
     for name in datasets:
         files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], period)
