@@ -21,7 +21,6 @@ import functools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -134,8 +133,10 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _resident_mb(which: str) -> float:
+    """VmRSS now, or VmHWM: the most since `_measured` began. (getrusage's maximum is inherited from the parent.)"""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[which].split()[0]) / 1024
 
 
 def _sensor(config: TideConfig, now: float, looks: int) -> dict[str, Any]:
@@ -165,8 +166,9 @@ def _listing(root: Path, limit: int | None, now: float, rounds: int) -> dict[str
 
 def _measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    before = _peak_mb()
-    return work() | {"peak_mb": round(_peak_mb() - before, 1)}
+    Path("/proc/self/clear_refs").write_text("5")           # begins VmHWM anew
+    before = _resident_mb("VmRSS")
+    return work() | {"peak_mb": round(_resident_mb("VmHWM") - before, 1)}
 
 
 def alone(quick: bool, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:

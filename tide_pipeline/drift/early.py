@@ -22,7 +22,7 @@ from tide_pipeline.drift.rates import RateEstimate, clustered
 from tide_pipeline.drift.views import read
 
 LATE_S = 600.0                     # rows may come that much later than they were closed: a disk that refused, clocks that differ
-HOUR_S, MOST_HOURS = 3600.0, 24    # read at a time: one hour first, then twice as many each time
+HOUR_S, MOST_HOURS = 3600.0, 6    # read at a time: one hour first, then twice as many each time
 
 _KEPT = pa.schema([("workload", pa.string()), ("request_id", pa.string()), ("t", pa.float64()), ("n", pa.int32()), ("d", pa.int32()),
                    ("a", pa.int32())])
