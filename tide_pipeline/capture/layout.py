@@ -6,6 +6,7 @@ A shard made of others (compaction, deletion) names in its footer what it supers
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -51,26 +52,53 @@ class Listing:
     leftovers: list[Stored] = field(default_factory=list)                  # `.tmp` of a write that is going on, or was cut short
 
 
-def live_shards(root: Root, target: str, since: float | None = None) -> list[Stored]:
+def live_shards(root: Root, target: str, since: float | None = None, until: float | None = None) -> list[Stored]:
     """Complete shards of `root` (a dataset's folder or s3:// URI) that count, oldest first; [] where there are none.
 
-    With `since` (Unix seconds), those that can hold rows closed at or after it. Raises LakeError when the lake can't be listed.
+    With `since` (Unix seconds), those that can hold rows closed at or after it; with `until`, those of hours that began before it.
+    Raises LakeError when the lake can't be listed.
     """
-    return survey(root, target, since).live
+    return survey(root, target, since, until).live
 
 
-def scan(root: Root, target: str, since: float | None = None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
+def scan(root: Root, target: str, since: float | None = None,
+         until: float | None = None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
     """`live_shards`, and beside them the files that don't count, each with its reason."""
-    found = survey(root, target, since)
+    found = survey(root, target, since, until)
     return found.live, found.skipped
 
 
-def survey(root: Root, target: str, since: float | None = None) -> Listing:
-    """Every file of `target`, sorted by what it is worth."""
+def survey(root: Root, target: str, since: float | None = None, until: float | None = None) -> Listing:
+    """Every file of `target`, sorted by what it is worth; with `until` (Unix seconds), of hours that began before it."""
+    with _listing(root):
+        store = open_store(root)
+        return settled(lambda: _survey(store, _parts(store, target, since, until), since))
+
+
+def newest_first(root: Root, target: str, since: float | None = None) -> Iterator[Listing]:
+    """`survey` a day at a time, for who may not need all days: rows never move from one hour's folder to another. May raise Vanished."""
+    with _listing(root):
+        store = open_store(root)
+        days = sorted(store.folders(target_folder(target)), key=lambda day: _span(day)[1], reverse=True)
+    for day in days:
+        with _listing(root):
+            found = _survey(store, _parts_of_day(store, day, since, None), since)
+        yield found
+
+
+@contextlib.contextmanager
+def _listing(root: Root) -> Iterator[None]:
     try:
-        return settled(lambda: _survey(open_store(root), target, since))
+        yield
     except OSError as error:
         raise LakeError(f"can't list {root}: {error}; check that it is there and readable by this user") from error
+
+
+def first_day(root: Root, target: str) -> float | None:
+    """Unix seconds at which the oldest day of `target` began; None for an empty lake."""
+    with _listing(root):
+        begins = [_span(day)[0] for day in open_store(root).folders(target_folder(target))]
+    return min((begin for begin in begins if begin != float("-inf")), default=None)
 
 
 def settled(read: Callable[[], T]) -> T:
@@ -93,9 +121,9 @@ def superseded_by(shard: Stored) -> frozenset[str]:
     return _footer(shard)[1]
 
 
-def _survey(store: Store, target: str, since: float | None) -> Listing:
+def _survey(store: Store, parts: Sequence[str], since: float | None) -> Listing:
     found, good = Listing(), []
-    for file in _snapshot(store, target, since):
+    for file in _snapshot(store, parts, since):
         if is_leftover(file.name):
             found.leftovers.append(file)
         elif file.name.endswith(".parquet") and not file.name.startswith("."):
@@ -135,30 +163,47 @@ def _superseded(made: Sequence[Stored]) -> tuple[set[tuple[str, str]], dict[Stor
     return set(gone), doubles
 
 
-def _snapshot(store: Store, target: str, since: float | None) -> list[Stored]:
+def _snapshot(store: Store, parts: Sequence[str], since: float | None) -> list[Stored]:
     """A listing that misses no row: no storage lists a folder in one instant.
 
     A listing can miss a new shard that came too late and the old ones that went too early. What was in place before an old one went is
     in the next listing: a listing is good when the next one shows no shard made of others that it had not.
     """
-    files = list(_files(store, target, since))
     for _ in range(_TRIES):
-        later = list(_files(store, target, since))
-        if {file for file in later if is_compact(file.name)} <= set(files):
-            return files
-        files = later
+        files = [file for part in parts for file in store.files(part, recursive=True)]
+        known = {file.key for file in files if is_compact(file.name)}
+        if {key for part in parts for key in store.keys(part, recursive=True) if is_compact(key)} <= known:
+            return [file for file in files if file.key.count("/") == 3 and (since is None or written_at(file) >= since)]
     raise Vanished(f"shards under {store.root} are replaced faster than they can be listed: wait for the maintenance")
 
 
-def _files(store: Store, target: str, since: float | None) -> Iterator[Stored]:
-    """Files that can hold rows closed at or after `since`; days and hours before it are not opened."""
+def _parts(store: Store, target: str, since: float | None, until: float | None) -> list[str]:
+    """Folders whose files, at any depth, can hold rows closed at or after `since`, of hours that began before `until`."""
     folder = target_folder(target)
-    for day in store.folders(folder) if since is not None else [folder]:
-        if since is not None and hour_end(day) <= since:
-            continue
-        for file in store.files(day, recursive=True):
-            if file.key.count("/") == 3 and (since is None or (hour_end(file.folder) > since and written_at(file) >= since)):
-                yield file
+    if since is None and until is None:
+        return [folder]
+    return [part for day in store.folders(folder) for part in _parts_of_day(store, day, since, until)]
+
+
+def _parts_of_day(store: Store, day: str, since: float | None, until: float | None) -> list[str]:
+    """The day, its hours in the period where it is not the whole of it, or nothing."""
+    def is_in(folder: str) -> bool:
+        begin, end = _span(folder)
+        return (since is None or end > since) and (until is None or begin < until)
+
+    begin, end = _span(day)
+    if not is_in(day):
+        return []
+    if (since is None or begin >= since) and (until is None or end <= until):
+        return [day]
+    return [hour for hour in store.folders(day) if is_in(hour)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _span(folder: str) -> tuple[float, float]:
+    """Unix seconds of begin and end of a day's or hour's folder; without bounds for another name."""
+    end = hour_end(folder)
+    return (end - (3600 if "/hour=" in folder else 86_400), end) if end != float("inf") else (float("-inf"), end)
 
 
 @functools.lru_cache(maxsize=65_536)

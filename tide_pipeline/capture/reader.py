@@ -1,13 +1,12 @@
 """Find windows in the signal lake and read their states. Knows Parquet and the layout; knows no losses, batches or SQL.
 
-Shards never change once they are in place, so what was read of one is remembered. A shard that can't be read is skipped and reported.
+What shards hold is in index.py. A shard that can't be read is skipped and reported.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from tide_pipeline.capture.encode import window_digest
 from tide_pipeline.capture.encryption import parquet_file
-from tide_pipeline.capture.layout import TARGET_KEY, Vanished, live_shards, scan, settled, targets, written_at
-from tide_pipeline.capture.schema import SIGNALS_SCHEMA, bf16_tensor
+from tide_pipeline.capture.index import windows_in
+from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
+from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
-from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
+from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
 __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "identity", "list_windows", "live_shards", "read_states"]
@@ -31,8 +31,6 @@ _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
 
-_SMALL = ("schema_version", "request_id", "tenant", "workload", "draft_version", "engine_digest", "start_pos", "num_rows",
-          "num_prompt_tokens", "prompt_digest", "sampling", "closed_at", "digest")
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest")
 
 
@@ -82,16 +80,15 @@ def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] 
 
 def _list_windows(root: Root, target: str, workloads: Collection[str] | None, since: float | None, engine_digest: str | None,
                   max_windows: int | None) -> WindowIndex:
-    shards, skipped = scan(root, target, since)
-    if not shards and not skipped and (since is None or not scan(root, target)[0]):
-        others = ", ".join(targets(root))
-        raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
-                               + (f", or name one of the targets there: {others}" if others else ""))
+    # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
+    listings = iter([survey(root, target, since)]) if max_windows is None else newest_first(root, target, since)
     tombstones = read_tombstones(root)
     found: list[SignalWindow] = []
+    skipped: list[tuple[Stored, str]] = []
     seen: set[tuple[str, int, int, float]] = set()
-    other_engines = 0
-    for shard in reversed(shards):         # newest shard first
+    other_engines, is_empty = 0, True
+    for shard in _newest_first(listings, skipped):
+        is_empty = False
         if max_windows is not None and found and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
             break                          # no row of this shard, or of an older one, closed later than what we have
         for window in _first_seen(_readable_windows(shard, target, skipped), seen, shard, skipped):
@@ -103,9 +100,24 @@ def _list_windows(root: Root, target: str, workloads: Collection[str] | None, si
                 other_engines += 1
                 continue
             found.append(window)
-        found.sort(key=lambda window: window.closed_at, reverse=True)
-        del found[max_windows if max_windows is not None else len(found):]
-    return WindowIndex(found, skipped, other_engines)
+        if max_windows is not None:
+            found.sort(key=lambda window: window.closed_at, reverse=True)
+            del found[max_windows:]
+    if is_empty and not skipped and (since is None or _holds_nothing(root, target)):
+        others = ", ".join(targets(root))
+        raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
+                               + (f", or name one of the targets there: {others}" if others else ""))
+    return WindowIndex(sorted(found, key=lambda window: window.closed_at, reverse=True), skipped, other_engines)
+
+
+def _newest_first(listings: Iterable[Listing], skipped: list[tuple[Stored, str]]) -> Iterator[Stored]:
+    for listing in listings:
+        skipped += listing.skipped
+        yield from reversed(listing.live)
+
+
+def _holds_nothing(root: Root, target: str) -> bool:
+    return not any(listing.live or listing.skipped for listing in newest_first(root, target))
 
 
 def count_rows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
@@ -160,35 +172,6 @@ def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, st
     except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException) as error:
         skipped.append((shard, str(error)))
         return ()
-
-
-@functools.lru_cache(maxsize=2048)
-def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
-    """Every window of a shard, from its small columns."""
-    with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
-        _check_schema(file, target)
-        columns = {name: column.to_pylist() for name, column in
-                   zip(_SMALL, file.read(columns=list(_SMALL), use_threads=False).select(list(_SMALL)).columns, strict=True)}
-    if set(columns["schema_version"]) - {SCHEMA_VERSION}:
-        raise CorruptShard(f"schema version {set(columns['schema_version'])}, this code reads {SCHEMA_VERSION}: upgrade tide_pipeline")
-    return tuple(SignalWindow(
-        uri=shard.uri, row=row, request_id=columns["request_id"][row], tenant=columns["tenant"][row], workload=columns["workload"][row],
-        draft_version=columns["draft_version"][row], engine_digest=columns["engine_digest"][row], start_pos=columns["start_pos"][row],
-        num_rows=columns["num_rows"][row], num_prompt_tokens=columns["num_prompt_tokens"][row],
-        prompt_digest=columns["prompt_digest"][row], temperature=columns["sampling"][row]["temperature"],
-        closed_at=columns["closed_at"][row].timestamp(), digest=columns["digest"][row],
-    ) for row in range(len(columns["schema_version"])))
-
-
-def _check_schema(file: Any, target: str) -> None:
-    schema = file.schema_arrow
-    for expected in SIGNALS_SCHEMA:
-        if expected.name not in schema.names or not schema.field(expected.name).type.equals(expected.type):
-            got = schema.field(expected.name).type if expected.name in schema.names else "none"
-            raise CorruptShard(f"no signals shard: column {expected.name!r} should be {expected.type}, is {got}")
-    named = (schema.metadata or {}).get(TARGET_KEY)
-    if named is not None and named != target.encode():
-        raise CorruptShard(f"holds signals of target {named.decode(errors='replace')!r}, not {target!r}: move it to its own folder")
 
 
 def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[SignalWindow, WindowStates | str]]:

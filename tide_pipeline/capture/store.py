@@ -1,19 +1,19 @@
 """A folder of files on local disk or in an S3 bucket, through pyarrow.fs. Knows whole files; knows no Parquet.
 
-A file is complete or absent: it is finished in memory first. Locally it is then written and synced beside its place and renamed: mode 0600,
-folders 0700. To a bucket it is sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is
-complete.
+A file is complete or absent. Locally it is written and synced beside its place and renamed: mode 0600, folders 0700. For a bucket it is
+finished in memory and sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
 ONE_PUT = 5 * 2**20                        # above it pyarrow makes an upload of several parts
 S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
 S3_ATTEMPTS = 3
+PIECE = 1 << 18                            # bytes of small writes that go to a local disk together
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,18 @@ class Store:
 
     def files(self, folder: str = "", *, recursive: bool = False) -> list[Stored]:
         """Files in `folder`, sorted by key; [] where there is none. Raises OSError."""
+        if self.is_local:
+            found = [Stored(self, self._key(entry.path), status.st_size, status.st_mtime_ns)
+                     for entry in _entries(self._path(folder), recursive) if (status := _stat(entry))]
+            return sorted(found, key=lambda file: file.key)
         infos = [info for info in self._infos(folder, recursive) if info.type == fs.FileType.File]
         return sorted((Stored(self, self._key(info.path), info.size or 0, info.mtime_ns or 0) for info in infos), key=lambda f: f.key)
+
+    def keys(self, folder: str = "", *, recursive: bool = False) -> list[str]:
+        """Keys of `files`, in any order; cheaper on a local disk."""
+        if self.is_local:
+            return [self._key(entry.path) for entry in _entries(self._path(folder), recursive)]
+        return [file.key for file in self.files(folder, recursive=recursive)]
 
     def folders(self, folder: str = "") -> list[str]:
         """Keys of the folders directly in `folder`, sorted."""
@@ -96,14 +107,13 @@ class Store:
 
         Raises OSError when disk or bucket refuse, LakeError for an object above MAX_OBJECT.
         """
+        if self.is_local:
+            return Stored(self, *_put_local(Path(self.base), key, fill), 0)
         sink = pa.BufferOutputStream()
         fill(sink)
         data = sink.getvalue()
         place = sealed(key, zlib.crc32(data))
-        if self.is_local:
-            _put_local(Path(self.base), place, data)
-        else:
-            self._put_object(place, data)
+        self._put_object(place, data)
         return Stored(self, place, data.size, 0)
 
     def put_bytes(self, key: str, data: bytes) -> Stored:
@@ -189,25 +199,69 @@ def _bucket(environment: tuple[tuple[str, str], ...]) -> Any:
                            background_writes=False, allow_delayed_open=True, **more)
 
 
-def _put_local(base: Path, key: str, data: Any) -> None:
-    place = base / key
-    _make_folders(base, place.parent)
-    temporary = place.parent / f".{uuid.uuid4().hex}.tmp"
+def _entries(folder: str, recursive: bool) -> Iterator[os.DirEntry[str]]:
+    """Files in a local folder. pyarrow's listing asks for each one's status."""
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.is_file():
+                    yield entry
+                elif recursive and entry.is_dir():
+                    yield from _entries(entry.path, recursive)
+    except FileNotFoundError:
+        return
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """None for a file that went since it was listed."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        return None
+
+
+class _Counted(io.RawIOBase):
+    """A file that is being written, and the CRC of what was: pages go to the disk as they are made."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self.crc = self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        self.crc = zlib.crc32(left, self.crc)
+        self.size += size
+        while left:
+            left = left[os.write(self._handle, left):]
+        return size
+
+
+def _put_local(base: Path, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
+    """Key and size of a new file."""
+    folder = (base / key).parent
+    _make_folders(base, folder)
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
-            left = memoryview(data).cast("B")
-            while left:
-                left = left[os.write(handle, left):]
+            sink = _Counted(handle)
+            with pa.BufferedOutputStream(pa.PythonFile(sink, mode="w"), PIECE) as stream:
+                fill(stream)
             os.fsync(handle)
         finally:
             os.close(handle)
-        os.replace(temporary, place)
+        place = sealed(key, sink.crc)
+        os.replace(temporary, base / place)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(place.parent)
+    _sync_folder(folder)
+    return place, sink.size
 
 
 def _make_folders(base: Path, folder: Path) -> None:

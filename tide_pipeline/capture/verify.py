@@ -21,9 +21,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import survey
 from tide_pipeline.capture.names import checksum
-from tide_pipeline.capture.reader import WindowStates, read_states, windows_in
+from tide_pipeline.capture.reader import WindowStates, read_states
 from tide_pipeline.capture.rewrite import read_groups
 from tide_pipeline.capture.store import Root, Stored
 from tide_pipeline.errors import CorruptShard

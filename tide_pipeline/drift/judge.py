@@ -9,11 +9,10 @@ import time
 
 from tide_pipeline.config import DriftSettings, TideConfig
 from tide_pipeline.contracts import DriftVerdict
-from tide_pipeline.drift.acceptance import MIN_REQUESTS, REACH, EarlyLife, baseline_steps, early_life, newest_versions, recent
-from tide_pipeline.drift.deployed import Deployed, read_deployed
+from tide_pipeline.drift.acceptance import MIN_REQUESTS, REACH, newest_versions, recent
+from tide_pipeline.drift.deployed import read_deployed
+from tide_pipeline.drift.early import baseline_steps, early_life
 from tide_pipeline.drift.rates import RateEstimate, drop_interval
-
-_final: dict[tuple[str, str, str, int], EarlyLife] = {}      # early lives never change once they are complete: not read again
 
 
 def judge_drift(config: TideConfig, now: float | None = None) -> list[DriftVerdict]:
@@ -24,7 +23,7 @@ def judge_drift(config: TideConfig, now: float | None = None) -> list[DriftVerdi
         return []
     deployed = read_deployed(config)
     versions = {workload: deployed.version_of(workload) or version for workload, version in newest.items()}
-    lives = {version: _early_life(config, version, deployed) for version in sorted(set(versions.values()))}
+    lives = {version: early_life(config, version, deployed.since.get(version)) for version in sorted(set(versions.values()))}
     earlies = {workload: lives[version].of(workload) for workload, version in versions.items()}
     complete = {workload: early for workload, early in earlies.items() if early is not None and early.is_complete}
     rates = recent(config, now, versions, {workload: early.until for workload, early in complete.items()})
@@ -62,13 +61,3 @@ def _lacking(recent: RateEstimate | None, baseline: RateEstimate | None, so_far:
     if recent.requests < MIN_REQUESTS or recent.freedom < 1:
         return f"{recent.requests} of {MIN_REQUESTS} requests of {version} that drafted"
     return ""
-
-
-def _early_life(config: TideConfig, version: str, deployed: Deployed) -> EarlyLife:
-    key = (str(config.state.acceptance), config.target, version, baseline_steps(config.drift))
-    if key not in _final:
-        life = early_life(config, version, deployed.since.get(version))
-        if not life.is_final:
-            return life
-        _final[key] = life
-    return _final[key]

@@ -50,7 +50,7 @@ _SUMS = """
 _ROWS = """
 select workload, draft_version, request_id, epoch(time) as t, num_steps as n, coalesce(drafted[1], 0) as d, coalesce(accepted[1], 0) as a,
        coalesce(list_sum(accepted), 0) as k, emitted_tokens + (finish_reason <> '')::int as tokens, duration_ms / 1e3 as took
-from acceptance where epoch(time) > $since"""
+from acceptance where time >= to_timestamp(floor($since)) and epoch(time) > $since"""
 # Blocks of one request lie side by side: the time they took together is theirs in common.
 _SERIES = f"""
 with rows as ({_ROWS}),

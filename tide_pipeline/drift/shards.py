@@ -19,13 +19,16 @@ from tide_pipeline.capture.store import Root, Stored
 _damaged: dict[Stored, str] = {}           # the footer is right and the pages are not
 
 
-def readable_shards(root: Root, target: str, schema: Any, since: float | None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
+Period = tuple[float | None, float | None]     # as `since` and `until` of live_shards: whole shards, hours at the end
+
+
+def readable_shards(root: Root, target: str, schema: Any, period: Period) -> tuple[list[Stored], list[tuple[Stored, str]]]:
     """Live shards that have the schema's columns, oldest first, and what was left out with its reason."""
-    return settled(lambda: _readable(root, target, schema, since))
+    return settled(lambda: _readable(root, target, schema, period))
 
 
-def _readable(root: Root, target: str, schema: Any, since: float | None) -> tuple[list[Stored], list[tuple[Stored, str]]]:
-    shards, left_out = scan(root, target, since)
+def _readable(root: Root, target: str, schema: Any, period: Period) -> tuple[list[Stored], list[tuple[Stored, str]]]:
+    shards, left_out = scan(root, target, *period)
     files = []
     for shard in shards:
         try:
@@ -49,9 +52,9 @@ def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
                       partition_base_dir=store.base, schema=pa.schema([*schema, *partitions.schema]))
 
 
-def find_damage(root: Root, target: str, since: float | None) -> None:
+def find_damage(root: Root, target: str, period: Period) -> None:
     """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on."""
-    for shard in scan(root, target, since)[0]:
+    for shard in scan(root, target, *period)[0]:
         if shard not in _damaged and (why := _damage(shard)):
             _damaged[shard] = why
 

@@ -1,0 +1,148 @@
+"""The early life of a draft version: what it was worth when it was promoted. Knows the log; decides nothing.
+
+Its first N drafted steps, of MIN_REQUESTS requests or more, over all workloads and of each that was served then; fixed once complete.
+The log is read from the version's first hour on, a few hours at a time, and only rows that can be among the first are kept: a log of any
+size takes little memory, and is read no further than needed. A life that is not complete goes on where the last look ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from tide_pipeline.capture.layout import first_day
+from tide_pipeline.config import DriftSettings, TideConfig
+from tide_pipeline.contracts import ANY_WORKLOAD
+from tide_pipeline.drift.acceptance import FINISH, MIN_REQUESTS
+from tide_pipeline.drift.rates import RateEstimate, clustered
+from tide_pipeline.drift.views import read
+
+LATE_S = 600.0                     # rows may come that much later than they were closed: a disk that refused, clocks that differ
+HOUR_S, MOST_HOURS = 3600.0, 6    # read at a time: one hour first, then twice as many each time
+
+_KEPT = pa.schema([("workload", pa.string()), ("request_id", pa.string()), ("t", pa.float64()), ("n", pa.int32()), ("d", pa.int32()),
+                   ("a", pa.int32())])
+# `chosen`: of rows(id, workload, request_id, t, n, d, a), those among the first of all (scope ANY_WORKLOAD) or of their workload.
+_CHOSEN = f"""
+life as (select '{ANY_WORKLOAD}' as scope, * from rows union all select workload as scope, * from rows),
+marked as (select *, (row_number() over (partition by scope, request_id order by t) = 1)::int as opens from life),
+counted as (select *, sum(d) over older - d as steps_before, sum(opens) over older - opens as requests_before
+            from marked window older as (partition by scope order by t, request_id rows unbounded preceding)),
+early as (select *, 0 as slice from counted where steps_before < $steps or requests_before < $requests),
+chosen as (select * from early where scope = '{ANY_WORKLOAD}' or scope in (select workload from early where scope = '{ANY_WORKLOAD}'))"""  # noqa: S608
+_KEEP = f"""
+with new as (select workload, request_id, epoch(time) as t, num_steps as n, drafted[1] as d, accepted[1] as a from acceptance
+             where draft_version = $version and draft_length > 0 and time > to_timestamp($after)
+               and ($workloads::varchar[] is null or list_contains($workloads::varchar[], workload) or epoch(time) <= $end)),
+rows as (select row_number() over () as id, * from (select * from kept union all select * from new)), {_CHOSEN}
+select any_value(workload), any_value(request_id), any_value(t), any_value(n), any_value(d), any_value(a) from chosen group by id
+"""  # noqa: S608 - values are bound
+_RATES = f"with rows as (select 0 as id, * from kept), {_CHOSEN}, {FINISH}"  # noqa: S608
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """Early life of a draft on one workload, or of all it served then."""
+
+    estimate: RateEstimate
+    until: float                   # Unix seconds of its last row
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyLife:
+    """Of one draft version. A workload that was not served then has no entry of its own."""
+
+    overall: Early | None = None
+    by_workload: Mapping[str, Early] | None = None
+
+    def of(self, workload: str) -> Early | None:
+        """What `workload` is compared with: its own early life, or that of everything where it came later."""
+        return (self.by_workload or {}).get(workload, self.overall)
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing that is logged later changes it."""
+        everyone = [self.overall, *(self.by_workload or {}).values()]
+        return all(early is not None and early.is_complete for early in everyone)
+
+    @property
+    def waits_for(self) -> list[str] | None:
+        """Workloads whose later rows can still count; None while those of every workload can."""
+        if self.overall is None or not self.overall.is_complete:
+            return None
+        return [workload for workload, early in (self.by_workload or {}).items() if not early.is_complete]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is known of a version's early life after a look."""
+
+    life: EarlyLife = field(default_factory=EarlyLife)
+    rows: Sequence[tuple[Any, ...]] = ()           # of _KEPT
+    looked_at: float = float("-inf")               # all that was in the log then has been seen
+
+
+_seen: dict[tuple[str, str, str, int], _Seen] = {}
+
+
+def baseline_steps(settings: DriftSettings) -> int:
+    """N: drafted steps that make an early life complete."""
+    return max(2 * settings.min_steps, 400)
+
+
+def early_life(config: TideConfig, version: str, since: float | None) -> EarlyLife:
+    """Of a draft version that served from `since` (Unix seconds; None: the lake's first day) on. Raises LakeError."""
+    key = (str(config.state.acceptance), config.target, version, baseline_steps(config.drift))
+    seen = _seen.get(key, _Seen())
+    if not seen.life.is_final:
+        _seen[key] = seen = _look(config, version, since, seen)
+    return seen.life
+
+
+def _look(config: TideConfig, version: str, since: float | None, seen: _Seen) -> _Seen:
+    begun = time.time()
+    is_first = seen.looked_at == float("-inf")
+    after = 0.0 if is_first else seen.looked_at - LATE_S
+    begin = (first_day(config.state.acceptance, config.target) if since is None else since) if is_first else after
+    life = seen.life
+    rows: Sequence[tuple[Any, ...]] = [row for row in seen.rows if row[2] <= after]    # later ones are read again, and those that came late
+    wanted: dict[str, Any] = {"steps": baseline_steps(config.drift), "requests": MIN_REQUESTS}
+    for start, end in _periods(begin, begun) if begin is not None else ():
+        asked = {**wanted, "version": version, "after": after, "workloads": life.waits_for, "end": _end_of(life)}
+        rows = read(config, _KEEP, asked, since=start, until=end, tables={"kept": _table(rows)})
+        life = _rates(config, rows, wanted)
+        if life.is_final and end is not None and end > _end_of(life) + LATE_S:
+            break
+    return _Seen(life, () if life.is_final else rows, begun)
+
+
+def _periods(begin: float, now: float) -> Iterator[tuple[float, float | None]]:
+    """From `begin` to the end of the log: whole hours but for the first; the last one has no end."""
+    hours = 1
+    while now - begin > (hours + 1) * HOUR_S:
+        end = begin // HOUR_S * HOUR_S + hours * HOUR_S
+        yield begin, end
+        begin, hours = end, min(2 * hours, MOST_HOURS)
+    yield begin, None
+
+
+def _rates(config: TideConfig, rows: Sequence[tuple[Any, ...]], wanted: Mapping[str, Any]) -> EarlyLife:
+    found: dict[str, Early] = {}
+    for scope, *sums, until in read(config, _RATES, wanted, since=float("inf"), tables={"kept": _table(rows)}):
+        estimate = clustered(*sums)
+        found[scope] = Early(estimate, until, estimate.steps >= wanted["steps"] and estimate.requests >= wanted["requests"])
+    return EarlyLife(found.pop(ANY_WORKLOAD, None), found)
+
+
+def _end_of(life: EarlyLife) -> float:
+    return max((early.until for early in (life.overall, *(life.by_workload or {}).values()) if early is not None), default=0.0)
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> Any:
+    columns = list(zip(*rows, strict=True)) or [()] * len(_KEPT)
+    return pa.table([pa.array(values, kind) for values, kind in zip(columns, _KEPT.types, strict=True)], schema=_KEPT)
