@@ -16,7 +16,9 @@ from tide_pipeline import recipes
 from tide_pipeline.capture.reader import list_windows
 from tide_pipeline.cli import app
 from tide_pipeline.config import StatePaths, override
-from tide_pipeline.training.data import find_windows, read_training_set
+from tide_pipeline.training.data import find_windows
+from tide_pipeline.training.look import look_through
+from tide_pipeline.training.places import window_reader
 from tide_pipeline.training.target_head import target_head_of
 
 
@@ -81,7 +83,7 @@ def test_training_takes_them(config: Path, tmp_path: Path, tiny_dir: Path) -> No
     settings = override(recipes.load(file=config), {"state_dir": str(config.parent / "state"),
                                                     "training": {"min_prompts": 12, "eval_share": 0.3}})
     head = target_head_of(settings)
-    data = read_training_set(find_windows(settings, "default", head.digest), head)
+    data = look_through(find_windows(settings, "default", head.digest), head, window_reader(settings), 1e9).windows
     assert len(data.focus) + len(data.focus_held_out) == 12 and data.focus_held_out and not data.skipped
 
 
