@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -110,6 +111,14 @@ def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None =
             w.final_TD is not None, s.closed_at))
     assert writer.flush()
     writer.close()
+
+
+def engine_with_lake(root: Path, training: Mapping[str, object], *, de: int, py: int) -> TideConfig:
+    """`tiny_engine` with these training settings, and a lake with so many requests of two workloads."""
+    config = override(tiny_engine(root), {"training": training})
+    target = open_target(config)
+    to_lake(config, captured(target, "de", de) + captured(target, "py", py, seed=1))
+    return config
 
 
 def random_draft(shape: TargetShape, num_taps: int = 3, seed: int = 0, vocabulary: Tensor | None = None) -> Eagle3Draft:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -97,6 +97,14 @@ def write_tiny_target(folder: Path, *, layers: int = 4, vocab: int = BYTES_VOCAB
 def tiny_spec(*, name: str = "tiny", capture_layers: tuple[int, ...] = (0, 1, 2), soft_targets: bool = True, max_context: int = 96,
               max_draft_length: int = 4) -> EngineSpec:
     return EngineSpec(name, "embedded", "target", "1", capture_layers, soft_targets, "", max_context, max_draft_length)
+
+
+def write_tiny_engine(engines: Path) -> Path:
+    """engines/tiny: a tiny target without a draft, and the engine.toml of `tiny_spec`. Returns the folder."""
+    folder = engines / "tiny"
+    write_tiny_target(folder / "target")
+    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in asdict(tiny_spec()).items()))
+    return folder
 
 
 # --- a draft -----------------------------------------------------------------------------------------------------

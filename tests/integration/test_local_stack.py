@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.helpers import tiny_spec, write_tiny_target
+from tests.helpers import write_tiny_engine
 from tide_pipeline import recipes
 from tide_pipeline.config import StackSettings
 from tide_pipeline.errors import StackError
@@ -124,10 +123,7 @@ def test_the_whole_stack_in_the_foreground(tmp_path: Path) -> None:
 
 def write_engine(engines: Path) -> Path:
     """engines/tiny: a tiny target without a draft, and prompts of domain "ab"."""
-    folder = engines / "tiny"
-    write_tiny_target(folder / "target")
-    spec = dataclasses.asdict(tiny_spec())
-    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in spec.items()))
+    folder = write_tiny_engine(engines)
     (folder / "prompts").mkdir()
     (folder / "prompts" / "ab.jsonl").write_text("".join(json.dumps({"prompt": "abc " * n}) + "\n" for n in range(1, 9)))
     return engines

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.fakes_training import captured, open_target, tiny_engine, to_lake
+from tests.fakes_training import engine_with_lake
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.training import run as run_module
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
@@ -25,10 +25,7 @@ KINDS = {"adamw": {}, "muon": {"optimizer": "muon", "autocast": False, "schedule
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
-    config = override(tiny_engine(tmp_path_factory.mktemp("resume")), {"training": EXACT})
-    target = open_target(config)
-    to_lake(config, captured(target, "de", 16) + captured(target, "py", 4, seed=1))
-    return config
+    return engine_with_lake(tmp_path_factory.mktemp("resume"), EXACT, de=16, py=4)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.helpers import tiny_spec, write_tiny_target
+from tests.helpers import write_tiny_engine
 from tide_pipeline import recipes
 from tide_pipeline.cli import app
 from tide_pipeline.cli.app import ORDER, Choice, hoist, parse_value
@@ -43,10 +43,7 @@ def state(tmp_path: Path) -> StatePaths:
 @pytest.fixture
 def engines(tmp_path: Path) -> Path:
     """engines/ with a tiny target and two prompts of domain "ab"."""
-    folder = tmp_path / "engines" / "tiny"
-    write_tiny_target(folder / "target")
-    spec = {**dataclasses.asdict(tiny_spec()), "capture_layers": [0, 1, 2]}
-    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in spec.items()))
+    folder = write_tiny_engine(tmp_path / "engines")
     (folder / "prompts").mkdir()
     (folder / "prompts" / "ab.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "' + "long " * 60 + 'end"}\n')
     return folder.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tests.dumps import Said, all_layers, speak, write_modelopt, write_vllm
-from tests.helpers import tiny_spec, write_tiny_target
+from tests.helpers import write_tiny_engine
 from tide_pipeline import recipes
 from tide_pipeline.capture.reader import list_windows
 from tide_pipeline.cli import app
@@ -30,10 +29,7 @@ def said(tiny_dir: Path) -> list[Said]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """Settings with the tiny engine."""
-    folder = tmp_path / "engines" / "tiny"
-    write_tiny_target(folder / "target")
-    spec = {**dataclasses.asdict(tiny_spec()), "capture_layers": [0, 1, 2]}
-    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in spec.items()))
+    write_tiny_engine(tmp_path / "engines")
     file = tmp_path / "settings.toml"
     file.write_text(f'engine = "tiny"\nengines_dir = "{tmp_path / "engines"}"\n')
     return file

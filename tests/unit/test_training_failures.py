@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes_training import captured, open_target, random_draft, tiny_engine, to_lake
+from tests.fakes_training import captured, engine_with_lake, open_target, random_draft, to_lake
 from tide_pipeline.config import TideConfig, TrainingSettings, override
 from tide_pipeline.errors import SettingsError, TrainingFailed
 from tide_pipeline.training import gradient
@@ -29,10 +29,7 @@ EXACT = {"time_budget_s": 0.0, "max_steps": 12, "eval_every_steps": 6, "eval_sha
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
-    config = override(tiny_engine(tmp_path_factory.mktemp("failures")), {"training": EXACT})
-    target = open_target(config)
-    to_lake(config, captured(target, "de", 24) + captured(target, "py", 12, seed=1))
-    return config
+    return engine_with_lake(tmp_path_factory.mktemp("failures"), EXACT, de=24, py=12)
 
 
 @pytest.mark.parametrize("where", ["taps", "final"])

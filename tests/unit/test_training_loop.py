@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes_training import batch_of, captured, open_target, tiny_engine, to_lake
+from tests.fakes_training import batch_of, captured, engine_with_lake, open_target
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.errors import EngineMismatch, TrainingFailed
 from tide_pipeline.models.checkpoint import digest_draft, load_draft
@@ -25,10 +25,7 @@ EXACT = {"time_budget_s": 0.0, "max_steps": 30, "eval_every_steps": 10, "eval_sh
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
-    config = override(tiny_engine(tmp_path_factory.mktemp("loop")), {"training": EXACT})
-    target = open_target(config)
-    to_lake(config, captured(target, "de", 24) + captured(target, "py", 12, seed=1))
-    return config
+    return engine_with_lake(tmp_path_factory.mktemp("loop"), EXACT, de=24, py=12)
 
 
 def stop_after(step: int) -> tuple[Callable[[], bool], list[int]]:

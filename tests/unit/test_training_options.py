@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.fakes_training import captured, open_target, random_draft, tiny_engine, to_lake
+from tests.fakes_training import engine_with_lake, open_target, random_draft
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.training import run as run_module
@@ -27,10 +27,7 @@ EXACT = {"time_budget_s": 0.0, "max_steps": 40, "eval_every_steps": 10, "eval_sh
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
-    config = override(tiny_engine(tmp_path_factory.mktemp("options")), {"training": EXACT})
-    target = open_target(config)
-    to_lake(config, captured(target, "de", 24) + captured(target, "py", 6, seed=1))
-    return config
+    return engine_with_lake(tmp_path_factory.mktemp("options"), EXACT, de=24, py=6)
 
 
 def provenance(folder: Path) -> dict[str, object]:

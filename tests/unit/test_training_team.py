@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fakes_training import captured, open_target, tiny_engine, to_lake
+from tests.fakes_training import engine_with_lake
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.recipes import freeze
 from tide_pipeline.training.loop import train_draft
@@ -29,9 +29,7 @@ EXACT = {"time_budget_s": 0.0, "max_steps": 20, "eval_every_steps": 10, "eval_sh
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TideConfig:
-    config = override(tiny_engine(tmp_path_factory.mktemp("team")), {"training": EXACT})
-    to_lake(config, captured(open_target(config), "de", 16) + captured(open_target(config), "py", 4, seed=1))
-    return config
+    return engine_with_lake(tmp_path_factory.mktemp("team"), EXACT, de=16, py=4)
 
 
 def start(config: TideConfig, folder: Path, **over: object) -> subprocess.Popen[str]:

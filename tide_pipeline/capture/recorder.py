@@ -65,11 +65,10 @@ class Recorder:
 
     def on_step(self, events: Sequence[StepEvent]) -> None:
         known = [(event, request) for event in events if (request := self._requests.get(event.request_id)) is not None]
-        collected = [request for _, request in known if request.windows is not None]
         try:
             rows = self._copied([event.taps for event, request in known if request.windows is not None and event.taps is not None])
         except Exception as error:
-            self._give_up(collected, error)
+            self._give_up([request for _, request in known], error)
         for event, request in known:
             try:
                 request.blocks.add(event)

@@ -174,25 +174,26 @@ class SpeculationController:
     def _probe(self, slots: Sequence[Slot], auto: Sequence[int], context: int) -> int | None:
         """The request to probe, if the earned time pays: of the workload whose last probe is longest ago, the cheapest to catch up."""
         def order(i: int) -> tuple[int, int]:
-            survival = slots[i].survival
-            assert survival is not None
-            return self._probed.get(survival.workload, 0), slots[i].waiting
+            return self._probed.get(_workload(slots[i]), 0), slots[i].waiting
 
         i, batch = min(auto, key=order), len(slots)
         length = self._probe_length(slots[i])
         more_ms = self.costs.verify_ms(batch, batch + length, context) - self.costs.verify_ms(batch, batch, context)
         if not self.can_pay(max(more_ms, 0.0) + self.costs.draft_ms(1, length, context) + self.catch_up_ms(slots[i].waiting)):
             return None
-        survival = slots[i].survival
-        assert survival is not None
         self._probes += 1
-        self._probed[survival.workload] = self._probes
+        self._probed[_workload(slots[i])] = self._probes
         return i
 
 
 def _members(slots: Sequence[Slot]) -> int:
     """Requests that are drafted for when any is."""
     return sum(slot.survival is not None for slot in slots)
+
+
+def _workload(slot: Slot) -> Survival:
+    assert slot.survival is not None, "the controller decides for requests with a draft only"
+    return slot.survival.workload
 
 
 def _chances(slot: Slot) -> list[float]:

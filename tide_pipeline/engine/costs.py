@@ -44,7 +44,7 @@ class Grid:
 
     def fold(self, x: int, y: int, context: int, ratio: float) -> None:
         """Let the cells before and after this context follow a time that was `ratio` times the expected one, the nearer one more."""
-        excess = CELL_WEIGHT * (min(OUTLIER, max(1 / OUTLIER, ratio)) - 1.0)
+        excess = CELL_WEIGHT * (bounded(ratio) - 1.0)
         for c, weight in line_weights(self._contexts, context):
             if (x, y, c) in self.cells:
                 self.cells[(x, y, c)] *= 1.0 + min(1.0, max(0.0, weight)) * excess
@@ -94,8 +94,8 @@ class StepCosts:
                 self._draft.add(members, depth, draft_ms)
             return
         should_verify, should_draft = self.verify_ms(batch, rows, context), self.draft_ms(members, depth, context)
-        ratio = min(OUTLIER, max(1 / OUTLIER, (verify_ms + draft_ms) / (should_verify + should_draft)))
-        self.load += LOAD_WEIGHT * (ratio - self.load)
+        ratio = (verify_ms + draft_ms) / (should_verify + should_draft)
+        self.load += LOAD_WEIGHT * (bounded(ratio) - self.load)
         self._verify.fold(batch, rows, context, verify_ms / self.load / should_verify)
         if depth:
             self._draft.fold(members, depth, context, draft_ms / self.load / should_draft)
@@ -112,6 +112,11 @@ class StepCosts:
         """"b<batch>n<rows>c<context>" and "m<members>k<depth>c<context>" -> ms."""
         return {**{f"b{b}n{n}c{c}": round(ms, 3) for (b, n, c), ms in sorted(self._verify.cells.items())},
                 **{f"m{m}k{d}c{c}": round(ms, 3) for (m, d, c), ms in sorted(self._draft.cells.items())}}
+
+
+def bounded(ratio: float) -> float:
+    """Of a time to what it should have been, with outliers clamped."""
+    return min(OUTLIER, max(1 / OUTLIER, ratio))
 
 
 def line_weights(places: Sequence[int], at: int) -> list[tuple[int, float]]:

@@ -85,18 +85,18 @@ class ResidentDraft:
         if not wanted:
             return Round({})
         first, members = wanted[0], self.members[wanted[0] : wanted[-1] + 1]
-        behind = max(m.waiting_rows for m in members)
+        behind, asked = max(m.waiting_rows for m in members), any(m.greedy for m in members)
         self.catch_up(members)
         lengths = Lengths([plan.lengths[m.slot] for m in members], [plan.limit(m.slot) for m in members],
                           [m.survival for m in members], plan.worth)
         state_BD = torch.stack([m.draft_state for m in members if m.draft_state is not None])
         rows_B = torch.tensor([m.draft_rows for m in members])
         drawn: list[list[int]] = []                                # [depth][member]
-        sure: list[list[float]] = []
+        sure: list[list[float]] = []                               # the same; nobody asks how sure a sampled draft is
         kept: list[list[Tensor]] = [[] for _ in members]
         while True:
             logits_BV = self.runner.logits(state_BD)
-            sure.append(confidences(logits_BV))
+            sure.append(confidences(logits_BV) if asked else [])
             drawn.append(self._pick(members, logits_BV, len(drawn), kept))
             if not lengths.go_on(len(drawn), sure[-1]):
                 break

@@ -15,13 +15,12 @@ import threading
 import time
 from collections.abc import Sequence
 
-from tide_pipeline.serve.process import die_with_parent
+from tide_pipeline.serve.process import die_with_parent, next_pause_s
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.2                # before a restart; doubles
 LONGEST_PAUSE_S = 10.0
-HEALTHY_S = 30.0                   # after running this long a death counts as the first one again
 COULD_NOT_START = 2
 
 
@@ -41,7 +40,7 @@ class Keeper:
 
     def run(self) -> int:
         """Until the child ends by itself, can't start the first time, or `stop`."""
-        pause_s, restarts = FIRST_PAUSE_S, 0
+        pause_s, restarts = FIRST_PAUSE_S / 2, 0
         while not self._stop.is_set():
             began = time.monotonic()
             self._child = subprocess.Popen(self._command, preexec_fn=die_with_parent)
@@ -50,7 +49,7 @@ class Keeper:
             code = self._child.wait()
             if self._stop.is_set() or code == 0 or (code == COULD_NOT_START and not restarts):
                 return max(0, code)
-            pause_s = FIRST_PAUSE_S if time.monotonic() - began > HEALTHY_S or not restarts else min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = next_pause_s(pause_s, time.monotonic() - began, FIRST_PAUSE_S, LONGEST_PAUSE_S)
             restarts += 1
             log.error("%s ended with code %d: restart %d in %g s", " ".join(self._command[1:3]), code, restarts, pause_s)
             self._stop.wait(pause_s)

@@ -13,6 +13,7 @@ from tide_pipeline.config import StackSettings
 from tide_pipeline.errors import PortInUse
 
 PR_SET_PDEATHSIG = 1
+HEALTHY_S = 30.0                   # after running this long a death counts as the first one again
 
 _libc = ctypes.CDLL(None, use_errno=True)      # before any fork: loading it in a child could deadlock
 
@@ -20,6 +21,11 @@ _libc = ctypes.CDLL(None, use_errno=True)      # before any fork: loading it in 
 def die_with_parent() -> None:
     """For Popen's preexec_fn: this process is killed when the *thread* that forked it ends, so fork from one that stays."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def next_pause_s(before_s: float, ran_s: float, first_s: float, longest_s: float) -> float:
+    """How long to wait before starting again what died after `ran_s`, having waited `before_s` the last time: twice as long."""
+    return first_s if ran_s > HEALTHY_S else min(2 * before_s, longest_s)
 
 
 def group_members(group: int) -> list[int]:

@@ -20,13 +20,13 @@ from pathlib import Path
 from tide_pipeline.config import TideConfig, load_toml, override
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
+from tide_pipeline.serve.process import next_pause_s
 from tide_pipeline.serve.triton import TritonReplica
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5                # before a restart; doubles
 LONGEST_PAUSE_S = 30.0
-HEALTHY_S = 30.0                   # after running this long a death counts as the first one again
 POLL_S = 0.2
 
 
@@ -73,7 +73,7 @@ class ReplicaSupervisor:
                     return 2
                 if self._stop.is_set():
                     break
-                pause_s = FIRST_PAUSE_S if time.monotonic() - began > HEALTHY_S else min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = next_pause_s(pause_s, time.monotonic() - began, FIRST_PAUSE_S, LONGEST_PAUSE_S)
                 self.state.restarts += 1
                 self._tell("restarting", f"{self.state.error}; again in {pause_s:g} s")
                 self._stop.wait(pause_s)
