@@ -15,7 +15,7 @@ from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, toke
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.contracts import SCHEMA_VERSION, AcceptanceRow
 
-GROUP_BYTES = 4 * 2**20            # of states per row group: what a reader holds at a time, and what stays in the processor's cache on its way
+GROUP_BYTES = 4 * 2**20            # of states per row group: what a reader holds at a time, and what stays in a cache on its way
 
 _TEXT = ("request_id", "workload", "tenant", "replica", "engine_digest", "draft_version", "speculation", "finish_reason")
 
