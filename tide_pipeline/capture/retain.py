@@ -45,7 +45,7 @@ def _tenant_age(text: str) -> tuple[str, float]:
     try:
         return name, float(days) * DAY_S
     except ValueError:
-        raise SettingsError(f"an age of a tenant is written NAME=DAYS, such as acme=7, not {text!r}") from None
+        raise SettingsError(f"age of a tenant {text!r}: expected NAME=DAYS, such as acme=7") from None
 
 
 @dataclass
