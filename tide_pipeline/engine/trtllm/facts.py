@@ -121,7 +121,7 @@ def parse(text: str, line: str) -> Table:
     facts = tuple(_fact(entry, line) for entry in raw.get("fact", ()))
     if twice := {fact.name for fact in facts if sum(other.name == fact.name for other in facts) > 1}:
         raise SettingsError(f"facts/{line}.toml has {', '.join(sorted(twice))} more than once")
-    layout = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["layout"].items()}
+    layout: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["layout"].items()}
     return Table(line, Layout(**layout), facts, raw.get("names", {}))
 
 
