@@ -43,8 +43,8 @@ def write_gpu_draft(folder: Path, spec: EngineSpec, changes: Mapping[str, Any] |
                     leave_out: tuple[str, ...] = (), tensors_of: Mapping[str, Any] | None = None) -> Path:
     """A draft of zeros; `changes` to its config.json, tensors under other names, or left out, or shaped after another config."""
     a = spec.architecture
-    config = {"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": a.hidden_size, "vocab_size": a.vocab_size, "draft_vocab_size": 100,
-              "num_hidden_layers": 1, "intermediate_size": a.intermediate_size, "max_position_embeddings": a.max_position_embeddings,
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": a.hidden_size, "vocab_size": a.vocab_size,
+              "draft_vocab_size": 100, "num_hidden_layers": 1, "intermediate_size": a.intermediate_size, "max_position_embeddings": a.max_position_embeddings,
               "num_attention_heads": a.num_attention_heads, "num_key_value_heads": a.num_key_value_heads, "head_dim": a.head_dim,
               "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(spec.capture_layers)}, **(changes or {})}
     shapes, _ = tensor_shapes({**config, **(tensors_of or {})}, spec)

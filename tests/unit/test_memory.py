@@ -68,7 +68,8 @@ def test_tapped_states_of_a_token() -> None:
     assert tap_row_bytes(spec_of("gpt-oss-120b").architecture) == 17_280                 # the paper's figure
 
 
-@pytest.mark.parametrize(("largest", "wanted"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12)), (64, (1, 2, 4, 8, 16, 32, 64))])
+@pytest.mark.parametrize(("largest", "wanted"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12)),
+                                                 (64, (1, 2, 4, 8, 16, 32, 64))])
 def test_graphs_are_few_and_end_at_the_largest_batch(largest: int, wanted: tuple[int, ...]) -> None:
     assert graph_batches(largest) == wanted
 
