@@ -17,7 +17,7 @@ ENGINE: dict[str, Any] = {
     "name": "small", "backend": "trtllm", "model": "target", "revision": "0123456789abcdef" * 2 + "01234567", "repo": "owner/small",
     "capture_layers": [1, 5, 8], "soft_targets": False, "champion": "draft", "max_context": 4096, "max_draft_length": 3,
     "architecture": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                     "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 8192},
+                     "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 8192, "rope_theta": 1e4, "rms_norm_eps": 1e-5},
     "draft": {"repo": "owner/small-eagle3", "revision": "f" * 40, "vocab_size": 100}}
 RECIPES: dict[str, Any] = {
     "serve": {"h100": {"serve": {"gpu": "h100", "max_batch": 8, "prefill_chunk": 1024}}},
@@ -41,10 +41,11 @@ def small_config(engine_dir: Path, state: Path, **serve: Any) -> TideConfig:
 
 def write_gpu_draft(folder: Path, spec: EngineSpec, changes: Mapping[str, Any] | None = None, rename: Mapping[str, str] | None = None,
                     leave_out: tuple[str, ...] = (), tensors_of: Mapping[str, Any] | None = None) -> Path:
-    """A draft of zeros; `changes` to its config.json, tensors under other names, or left out, or shaped after another config."""
+    """A draft of zeros; `changes` to its config.json; tensors renamed, left out, or shaped after another config."""
     a = spec.architecture
     config = {"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": a.hidden_size, "vocab_size": a.vocab_size,
-              "draft_vocab_size": 100, "num_hidden_layers": 1, "intermediate_size": a.intermediate_size, "max_position_embeddings": a.max_position_embeddings,
+              "draft_vocab_size": 100, "num_hidden_layers": 1, "intermediate_size": a.intermediate_size,
+              "max_position_embeddings": a.max_position_embeddings,
               "num_attention_heads": a.num_attention_heads, "num_key_value_heads": a.num_key_value_heads, "head_dim": a.head_dim,
               "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(spec.capture_layers)}, **(changes or {})}
     shapes, _ = tensor_shapes({**config, **(tensors_of or {})}, spec)

@@ -339,6 +339,8 @@ class Architecture:
     intermediate_size: int = 0         # of one expert where there are experts
     vocab_size: int = 0
     max_position_embeddings: int = 0
+    rope_theta: float = 0.0
+    rms_norm_eps: float = 0.0
     tie_word_embeddings: bool = False
     qk_norm: bool = False              # a norm on every query and key head
     biased: bool = False               # attention, router and experts have biases, attention has sinks (gpt-oss)

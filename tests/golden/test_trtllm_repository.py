@@ -24,7 +24,7 @@ FILES = ["qwen3-8b/1/model.py", "qwen3-8b/1/model.yaml", "qwen3-8b/config.pbtxt"
 
 def render(line: str, into: Path) -> Path:
     config = override(recipes.load("qwen3-8b/h100+l40s"), {"serve": {"trtllm": line}})
-    spec = load_engine_spec(config.engine_dir)
+    spec, config = load_engine_spec(config.engine_dir), override(config, {"engines_dir": "/opt/tide/engines"})
     return render_model_repository(config, into, replica="replica-0", config_file=BUILD / "settings.toml",
                                    model_yaml=trtllm.model_yaml(config, spec, BUILD / "draft"))
 

@@ -53,7 +53,7 @@ def test_a_build_holds_all_that_triton_needs(config: TideConfig, build: EngineBu
         "model_repository/small/1/model.yaml", "model_repository/small/config.pbtxt", "provenance.json", "settings.toml"]
     arguments = yaml.safe_load((folder / "model_repository/small/1/model.yaml").read_text())
     assert arguments["speculative_config"]["speculative_model"] == str(folder / "draft")
-    assert (arguments["model"], arguments["max_batch_size"]) == ("owner/small", 8)
+    assert (arguments["model"], arguments["max_batch_size"]) == (str(config.engine_dir / "target"), 8)
     assert str(folder / "settings.toml") in (folder / "model_repository/small/config.pbtxt").read_text()
     assert build.backend == "trtllm" and build.warmup == {} and again(config, build) == build
 
@@ -107,8 +107,8 @@ def test_a_missing_file_is_named(config: TideConfig, build: EngineBuild) -> None
 def test_reading_and_verifying_needs_no_torch(config: TideConfig, build: EngineBuild) -> None:
     code = ("import sys; sys.modules['torch'] = None; from pathlib import Path; from tide_pipeline.deployment.builds import load_build; "
             "print(load_build(Path(sys.argv[1]), 'small', sys.argv[2]).draft_digest)")
-    done = subprocess.run([sys.executable, "-c", code, str(config.state.builds), build.build_id], capture_output=True, text=True, timeout=60,
-                          check=True, cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(config.state.builds), build.build_id], capture_output=True, text=True, check=True,
+                          timeout=500, cwd=Path(__file__).resolve().parents[2])
     assert done.stdout.strip() == build.draft_digest
 
 

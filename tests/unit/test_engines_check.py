@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from tests.gpu_engines import ENGINE, RECIPES, small_spec, write_gpu_draft, write_gpu_engine
 from tide_pipeline import recipes
-from tide_pipeline.build.check import check_engine, list_engines, starting_draft
+from tide_pipeline.build.check import check_engine, list_engines
+from tide_pipeline.build.snapshots import starting_draft
 from tide_pipeline.cli import app
 from tide_pipeline.config import TideConfig, load_engine_spec
 from tide_pipeline.errors import CheckpointError, SettingsError
@@ -120,6 +121,19 @@ def test_a_draft_and_a_snapshot_that_lie_there_are_looked_at(tmp_path: Path) -> 
     (engine / "target").mkdir()
     (engine / "target" / "config.json").write_text('{"num_hidden_layers": 13}')
     assert "num_hidden_layers = 12" in faults(engine)["target"] and "says 13" in faults(engine)["target"]
+
+
+@pytest.mark.parametrize(("folder", "revision"), [("target", ENGINE["revision"]), ("draft", "f" * 40)])
+def test_a_snapshot_of_another_revision_is_noticed(folder: str, revision: str, tmp_path: Path) -> None:
+    engine = write_gpu_engine(tmp_path / "engines")
+    write_gpu_draft(engine / "draft", small_spec(tmp_path / "engines"))
+    told = engine / folder / ".cache" / "huggingface" / "download" / "config.json.metadata"      # as `hf download --local-dir` writes it
+    told.parent.mkdir(parents=True)
+    (engine / folder / "config.json").write_text((engine / folder / "config.json").read_text() if folder == "draft" else "{}")
+    told.write_text(f"{revision}\n0a1b\n1790000000.0\n")
+    assert faults(engine) == {}
+    told.write_text(f"{'e' * 40}\n0a1b\n1790000000.0\n")
+    assert f"eeeeeeee, engine.toml names {revision[:8]}" in faults(engine)[folder] and "hf download" in faults(engine)[folder]
 
 
 def test_a_starting_draft_that_is_not_there_is_told_how_to_get(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_training_a_draft_by_hand() -> None:
 
 
 def test_a_draft_without_an_lm_head_and_one_of_the_whole_vocabulary() -> None:
-    a = Architecture(64, 12, 4, 2, 16, 96, 300, 8_192)
+    a = Architecture(64, 12, 4, 2, 16, 96, 300)
     layer = 3 * 64 * 64 + (64 + 2 * 32) * 128 + 64 * 64 + 3 * 64 * 96 + 4 * 64
     assert draft_bytes(a, StartingDraft(has_lm_head=False)) == 2 * layer
     assert draft_bytes(a, StartingDraft()) == 2 * layer + 2 * 300 * 64 + 8 * 300 + 300

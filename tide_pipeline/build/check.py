@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tide_pipeline import recipes
 from tide_pipeline.build.fits import serving_fits, training_fits
+from tide_pipeline.build.snapshots import DRAFT_FILES, TARGET_FILES, check_revision, fetch_line
 from tide_pipeline.config import Architecture, EngineSpec, TideConfig, load_engine_spec
 from tide_pipeline.engine.trtllm.facts import LINES, load_table
 from tide_pipeline.engine.trtllm.options import llm_arguments, unverified
@@ -23,7 +24,7 @@ from tide_pipeline.models.draft_files import check_draft
 
 REPO, COMMIT = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[0-9a-f]{40}")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-         "max_position_embeddings")
+         "max_position_embeddings", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,6 @@ def check_engine(engine_dir: Path) -> list[Finding]:
     return found
 
 
-def starting_draft(config: TideConfig, spec: EngineSpec) -> Path:
-    """The folder of the draft that an engine starts with. Raises CheckpointError that says how to get one."""
-    folder = config.engine_dir / (spec.champion or "draft")
-    if spec.champion and folder.is_dir():
-        return folder
-    raise CheckpointError(f"{folder} is not there: " + (fetch_line(spec, folder) if spec.draft.repo else
-                          f"{spec.name} starts from scratch. Train a draft with `tide train --from-scratch`, or name one with --draft DIR"))
-
-
-def fetch_line(spec: EngineSpec, folder: Path) -> str:
-    """The command that brings the starting draft, at its revision."""
-    return (f"hf download {spec.draft.repo} --revision {spec.draft.revision} --include config.json model.safetensors "
-            f"--local-dir {folder}")
-
-
 def _run(engine: str, what: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(engine, what, True, check())
@@ -97,21 +83,23 @@ def _target(engine_dir: Path, spec: EngineSpec) -> str:
         return str(engine_dir / spec.model)
     _pinned("repo", spec.repo, "revision", spec.revision)
     a = spec.architecture
-    if missing := [name for name in SIZES if getattr(a, name) < 1]:
+    if missing := [name for name in SIZES if getattr(a, name) <= 0]:
         raise SettingsError(f"[architecture] lacks {', '.join(missing)}: copy the numbers from the target's config.json")
     if a.num_attention_heads % a.num_key_value_heads:
         raise SettingsError(f"[architecture] has {a.num_attention_heads} query heads over {a.num_key_value_heads} key/value heads: "
                             "one must divide the other, see the target's config.json")
     if spec.max_context > a.max_position_embeddings:
         raise SettingsError(f"max_context = {spec.max_context} is beyond the target's {a.max_position_embeddings} positions: lower it")
-    _same_as_snapshot(engine_dir / spec.model, a)
-    return f"{spec.repo}@{spec.revision[:8]}"
+    where, folder = f"{spec.repo}@{spec.revision[:8]}", engine_dir / spec.model
+    if not (folder / "config.json").is_file():
+        return f"{where}, not here: {fetch_line(spec.repo, spec.revision, TARGET_FILES, folder)}"
+    check_revision(spec.repo, spec.revision, TARGET_FILES, folder)
+    _same_as_snapshot(folder, a)
+    return f"{where}, here"
 
 
 def _same_as_snapshot(folder: Path, a: Architecture) -> None:
-    """Where a snapshot lies in the engine's folder, its config.json has the last word."""
-    if not (folder / "config.json").is_file():
-        return
+    """What a snapshot's own config.json says goes before engine.toml."""
     config = json.loads((folder / "config.json").read_text())
     for name in SIZES:
         if config.get(name, getattr(a, name)) != getattr(a, name):
@@ -157,11 +145,14 @@ def _draft(engine_dir: Path, spec: EngineSpec) -> str:
         if not spec.champion:
             raise SettingsError('[draft] names a repo, but champion is "": say where its snapshot lies, such as champion = "draft"')
     if spec.champion and folder.is_dir():
+        if spec.draft.repo:
+            check_revision(spec.draft.repo, spec.draft.revision, DRAFT_FILES, folder)
         check_draft(folder, spec)
         return f"{folder} fits"
     if not spec.draft.repo:
         return "from scratch"
-    return f"{spec.draft.repo}@{spec.draft.revision[:8]}, not here: {fetch_line(spec, folder)}"
+    fetch = fetch_line(spec.draft.repo, spec.draft.revision, DRAFT_FILES, folder)
+    return f"{spec.draft.repo}@{spec.draft.revision[:8]}, not here: {fetch}"
 
 
 def _options(spec: EngineSpec, line: str) -> str:

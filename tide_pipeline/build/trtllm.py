@@ -19,15 +19,16 @@ from tide_pipeline.provenance import birth_certificate, digest_bytes, digest_fil
 
 
 def identity(config: TideConfig, spec: EngineSpec) -> str:
-    """What tells two builds of one draft apart: version line and arguments. The place of the draft follows from the build's id."""
+    """What tells two builds of one draft apart: version line and arguments, without the places of target and draft."""
     table = table_for(config.serve.trtllm)
     return f"trtllm {table.line} {digest_bytes(json.dumps(llm_arguments(spec, config, table, draft='draft'), sort_keys=True).encode())}"
 
 
 def model_yaml(config: TideConfig, spec: EngineSpec, draft: Path) -> str:
-    """For the version line of the serving container. Raises SettingsError."""
+    """For the version line of the serving container, with the snapshot of the target in the engine's folder. Raises SettingsError."""
     table = table_for(config.serve.trtllm)
-    return render_model_yaml(llm_arguments(spec, config, table, draft=str(draft)), table.line)
+    model = str(config.engine_dir / spec.model)
+    return render_model_yaml(llm_arguments(spec, config, table, draft=str(draft), model=model), table.line)
 
 
 def certificate(folder: Path, config: TideConfig, spec: EngineSpec, build: EngineBuild) -> dict[str, Any]:

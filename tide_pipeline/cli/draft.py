@@ -94,8 +94,8 @@ def build(
 
     [bold]tide build --recipe qwen3-8b/h100 --backend trtllm --trtllm 1.3[/bold]
     """
-    from tide_pipeline.build.check import starting_draft
     from tide_pipeline.build.engine import build_engine
+    from tide_pipeline.build.snapshots import starting_draft
     from tide_pipeline.models.checkpoint import digest_draft
     from tide_pipeline.recipes import first_recipe
     from tide_pipeline.registry.registry import open_registry
