@@ -371,7 +371,7 @@ class TrtllmSettings:
     kv_reuse: bool = True              # a shared beginning is computed once; a captured window then begins behind it
     chunked_prefill: bool = True
     stream_interval: int = 1           # tokens between two streamed chunks; 1 lets a client count steps
-    orchestrator: str = ""             # "ray" for capture with more than one GPU (prototype in TensorRT-LLM)
+    orchestrator: str = ""             # of more than one GPU; capture needs "ray" there (prototype in TensorRT-LLM)
     extra: dict[str, Any] = field(default_factory=dict)     # more LLM arguments, checked against the version's fields
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.trtllm_stand_in import stand_in
 from tide_pipeline import recipes
 from tide_pipeline.build import trtllm
 from tide_pipeline.config import load_engine_spec, override
 from tide_pipeline.engine.trtllm.facts import LINES
+from tide_pipeline.engine.trtllm.options import NESTED
 from tide_pipeline.serve.repository import render_model_repository
 
 GOLDEN = Path(__file__).parent / "trtllm"
@@ -43,3 +45,18 @@ def test_the_lines_differ_where_nvidia_changed_them() -> None:
     eagle = {line: yaml.safe_load((GOLDEN / line / "qwen3-8b/1/model.yaml").read_text())["speculative_config"] for line in LINES}
     assert eagle["1.2"].keys() - eagle["1.3"].keys() == {"eagle3_one_model", "allow_advanced_sampling"}
     assert eagle["1.3"] == eagle["1.4"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_server_that_refuses_unknown_keys_takes_the_golden_arguments(line: str) -> None:
+    """The stand-in is generated from the table of facts, so this holds the rendered names against the table, and the yaml against both."""
+    arguments = yaml.safe_load((GOLDEN / line / "qwen3-8b/1/model.yaml").read_text())
+    del arguments["triton_config"]
+    with stand_in(line):
+        from tensorrt_llm.llmapi import llm_args
+
+        nested = {name: getattr(llm_args, kind)(**arguments[name]) for name, kind in NESTED.items()}
+        taken = llm_args.TorchLlmArgs(**{**arguments, **nested})
+        assert taken.max_num_tokens == 8192 and taken.speculative_config.max_draft_len == 3
+        with pytest.raises(ValueError, match="max_draft_length"):
+            llm_args.Eagle3DecodingConfig(**{**arguments["speculative_config"], "max_draft_length": 3})

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from tests.gpu_engines import small_config, small_spec, write_gpu_draft, write_gpu_engine
@@ -19,7 +21,11 @@ from tide_pipeline.config import TideConfig, load_engine_spec
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.deployment.builds import list_builds, load_build
 from tide_pipeline.errors import BuildError, EngineMismatch, SettingsError
+from tide_pipeline.models.checkpoint import save_draft
+from tide_pipeline.models.draft_files import check_draft
 from tide_pipeline.models.target import engine_digest
+from tide_pipeline.training.target_head import target_head_of
+from tide_pipeline.training.vocabulary import new_draft
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +133,20 @@ def test_a_target_by_revision_needs_no_bytes_for_its_digest(tmp_path: Path) -> N
     assert engine_digest(tmp_path / "nowhere", spec) == spec.reference_digest
     assert spec.reference_digest != small_spec_with(tmp_path, revision="a" * 40).reference_digest
     assert spec.reference_digest != small_spec_with(tmp_path, capture_layers=[0, 5, 8]).reference_digest
+
+
+def test_a_draft_made_from_scratch_for_it_is_one_that_its_build_takes(config: TideConfig, tmp_path: Path) -> None:
+    """The trainer needs two matrices of the target and the numbers in engine.toml, not a network that we could run."""
+    spec, folder = load_engine_spec(config.engine_dir), config.engine_dir / "target"
+    folder.mkdir()
+    save_file({name: torch.randn(300, 64, dtype=torch.bfloat16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+              | {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(2, 2, dtype=torch.uint8)}, folder / "model.safetensors")
+    head = target_head_of(config)
+    assert head.digest == spec.reference_digest and head.embedding_VD.shape == (300, 64)
+    save_draft(new_draft(head, torch.arange(0, 300, 3)), tmp_path / "new", head.identity, {"recipe": "test"})
+    build = build_engine(config, tmp_path / "new", "v1-new")
+    assert again(config, build).engine_digest == spec.reference_digest
+    assert check_draft(Path(build.path) / "draft", spec)["max_position_embeddings"] == 8192
 
 
 def small_spec_with(folder: Path, **changes: Any) -> Any:

@@ -52,7 +52,7 @@ def llm_arguments(spec: EngineSpec, config: TideConfig, table: Table, *, draft: 
     top["enable_iter_perf_stats"] = True
     top["kv_cache_config"] = _kv_cache(spec, table, installed)
     top["cuda_graph_config"] = _graphs(config, table, installed)
-    if own.orchestrator:
+    if own.orchestrator and config.serve.gpus > 1:
         top["orchestrator_type"] = own.orchestrator
     if worker_extension:
         top["ray_worker_extension_cls"] = worker_extension
