@@ -178,7 +178,8 @@ def verify(request: int, before: Progress, rows: range, draft_length: int, new_t
     emitted = before.end.cut(new_tokens, before.next_pos + 1)
     if len(emitted) <= accepted:                               # it ended within its draft: what stood beyond was never judged
         drafted = drafted[: len(emitted)]
-    step = Step(request, StepKind.VERIFY if drafted else StepKind.DECODE, before.next_pos, (before.pending, *emitted[:-1]), emitted, drafted,
+    kind = StepKind.VERIFY if drafted else StepKind.DECODE
+    step = Step(request, kind, before.next_pos, (before.pending, *emitted[:-1]), emitted, drafted,
                 min(accepted, len(emitted)), draft_length, rows[: len(emitted)])
     return step, _ended(Progress(before.end, before.next_pos + len(emitted), emitted[-1] if emitted else None, drafts))
 
