@@ -103,7 +103,8 @@ def write_tiny_engine(engines: Path) -> Path:
     """engines/tiny: a tiny target without a draft, and the engine.toml of `tiny_spec`. Returns the folder."""
     folder = engines / "tiny"
     write_tiny_target(folder / "target")
-    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in asdict(tiny_spec()).items()))
+    plain = {key: value for key, value in asdict(tiny_spec()).items() if not isinstance(value, dict)}
+    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items()))
     return folder
 
 

@@ -1,4 +1,8 @@
-"""Named runs. A run is a function: `tide --recipe pocket_cpu up`. `load()` adds a TOML file and single values on top."""
+"""Named runs. A run is a function: `tide --recipe pocket_cpu up`. `load()` adds a TOML file and single values on top.
+
+An engine that serves on GPUs has its runs beside it, in `engines/<name>/recipes.toml`: a table for each class of serving and of training
+GPU, joined by name: `tide --recipe qwen3-8b/h100+l40s up`.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +44,42 @@ RECIPES: dict[str, Callable[[], TideConfig]] = {f.__name__: f for f in (pocket_c
 
 def load(recipe: str = "pocket_cpu", file: Path | None = None, values: Mapping[str, Any] | None = None) -> TideConfig:
     """Recipe, then the TOML file, then single values. Raises SettingsError on anything unknown."""
-    if recipe not in RECIPES:
-        raise SettingsError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
-    config = RECIPES[recipe]()
+    if recipe in RECIPES:
+        config = RECIPES[recipe]()
+    elif "/" in recipe:
+        config = on_gpus(recipe, project_root() / "engines")
+    else:
+        raise SettingsError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}, and ENGINE/SERVING+TRAINING for the engines of "
+                            "`tide engines list`, such as qwen3-8b/h100+l40s")
     if file is not None:
         config = override(config, load_toml(file))
     return override(config, values) if values else config
+
+
+def on_gpus(recipe: str, engines: Path) -> TideConfig:
+    """`engine/serving+training` from the engine's recipes.toml; the training half may be left out. Raises SettingsError."""
+    engine, _, hardware = recipe.partition("/")
+    serving, _, training = hardware.partition("+")
+    tables = gpu_tables(engines / engine)
+    config = TideConfig(engine=engine, engines_dir=str(engines), state_dir=str(engines.parent / ".tide" / engine))
+    config = override(config, tables.get("base", {}))
+    for kind, name in (("serve", serving), ("train", training)):
+        if name and name not in tables.get(kind, {}):
+            raise SettingsError(f"recipe {recipe!r}: {engine} has no [{kind}.{name}]; there are: {', '.join(tables.get(kind, {})) or 'none'} "
+                                f"(add a table to {engines / engine / 'recipes.toml'})")
+        config = override(config, tables[kind][name]) if name else config
+    return config
+
+
+def gpu_tables(engine_dir: Path) -> dict[str, Any]:
+    """recipes.toml of an engine, its three tables checked; {} for an engine without one. Raises SettingsError."""
+    file = engine_dir / "recipes.toml"
+    if not engine_dir.is_dir():
+        raise SettingsError(f"no engine {engine_dir.name!r}: `tide engines list` shows them")
+    tables = load_toml(file) if file.exists() else {}
+    if unknown := sorted(tables.keys() - {"base", "serve", "train"}):
+        raise SettingsError(f"{file}: unknown table [{unknown[0]}]; there are [base], [serve.<gpu>] and [train.<gpu>]")
+    return tables
 
 
 def from_environment() -> TideConfig:

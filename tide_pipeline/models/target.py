@@ -47,7 +47,12 @@ def weight_shapes(shape: TargetShape) -> dict[str, tuple[int, ...]]:
 
 
 def engine_digest(folder: Path, spec: EngineSpec) -> str:
-    """What captured states depend on: the target's weights and shape, and which layers are tapped. 16 hex digits."""
+    """What captured states depend on: the target's weights and shape, and which layers are tapped. 16 hex digits.
+
+    Of a target that is named by its revision on the hub, no byte has to be here.
+    """
+    if spec.repo:
+        return spec.reference_digest
     shards = shard_names(folder)
     names = ("config.json", "tokenizer.json", *shards, *(() if shards == (WHOLE,) else (INDEX,)))
     missing = sorted(name for name in names if not (folder / name).is_file())

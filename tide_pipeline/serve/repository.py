@@ -2,6 +2,7 @@
 
     <into>/<target>/config.pbtxt      tensors, the queue, which settings file and replica
     <into>/<target>/1/model.py        imports TritonPythonModel from this package
+    <into>/<target>/1/model.yaml      for TensorRT-LLM: what LLM is built with
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from tide_pipeline.serve.model import TritonPythonModel  # noqa: E402, F401
 '''
 
 
-def render_model_repository(config: TideConfig, into: Path, *, replica: str, config_file: Path) -> Path:
+def render_model_repository(config: TideConfig, into: Path, *, replica: str, config_file: Path, model_yaml: str = "") -> Path:
     """Write the repository of `config.target` and return its folder, to be given to tritonserver as --model-repository."""
     model = into / config.target
     write_atomic(model / "1" / "model.py", MODEL_PY.encode())
+    if model_yaml:
+        write_atomic(model / "1" / "model.yaml", model_yaml.encode())
     write_atomic(model / "config.pbtxt", render_config(config, replica, config_file).encode())
     return into
 
