@@ -1,4 +1,4 @@
-"""The table of facts about one version line of TensorRT-LLM: what we rely on, why, and what happens without it. Knows the tables, not the server.
+"""What we rely on in each version line of TensorRT-LLM, why, and what is lost without it. Knows the tables, not the server.
 
 One table for each line (`facts/1.2.toml` ..). Three readers: `source_check` holds it against NVIDIA's sources, the adapter asks it what a
 version calls things, and the tests generate a stand-in from it. A fact is written down once, there.
@@ -121,7 +121,7 @@ def parse(text: str, line: str) -> Table:
     facts = tuple(_fact(entry, line) for entry in raw.get("fact", ()))
     if twice := {fact.name for fact in facts if sum(other.name == fact.name for other in facts) > 1}:
         raise SettingsError(f"facts/{line}.toml has {', '.join(sorted(twice))} more than once")
-    layout = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["layout"].items()}
+    layout: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["layout"].items()}
     return Table(line, Layout(**layout), facts, raw.get("names", {}))
 
 
