@@ -103,7 +103,7 @@ class WindowAssembler:
             raise ValueError(f"step with {n} tokens has {rows_NW.shape[0]} rows")
         self._append(start, tokens, rows_NW[known:])
         self._follower = _follower(event)
-        if event.accepted < len(event.drafted):
+        if event.accepted < len(event.drafted) and event.drafted[event.accepted] >= 0:
             self._rejected.append((event.start_pos + event.accepted + 1, event.drafted[event.accepted]))
 
     def close(self) -> None:

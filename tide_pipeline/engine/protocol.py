@@ -37,7 +37,7 @@ class EngineStats:
     first_position_rate: dict[str, float] = field(default_factory=dict)   # workload -> the controller's estimate
     step_ms: dict[str, float] = field(default_factory=dict)               # measured costs, StepCosts.table()
     dropped_tap_rows: int = 0                                             # the tap ring was full: the sink lagged behind a GPU
-    capture_faults: int = 0                                               # why states can't be captured: 0 unless the server is not as known
+    capture_faults: int = 0                                               # why states are not captured: the server is not as known
 
 
 class Sink(Protocol):

@@ -81,9 +81,8 @@ class PassTap:
 
     def broken(self, why: str) -> None:
         """Ends capture for good; serving goes on."""
-        self.faults += 1
         if self.is_on:
-            self.is_on = False
+            self.is_on, self.faults = False, self.faults + 1
             log.warning("capture on TensorRT-LLM %s is off from here on, serving goes on without it: %s", self._table.line, why)
             self._listener.on_broken(why)
 

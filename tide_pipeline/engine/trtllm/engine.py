@@ -114,8 +114,9 @@ class TrtllmEngine:
         is_same = build is not None and self._build is not None and build.draft_digest == self._build.draft_digest
         if self._server.is_up and not is_same:
             if self.serve.draft_swap != "in_place" or build is None or self._build is None:
-                raise RestartNeeded(f"TensorRT-LLM can't change its draft to {build.draft_version if build else 'none'} while it runs: a new "
-                                    "server has to take over (the supervisor does that)")
+                wanted = build.draft_version if build else "none"
+                raise RestartNeeded(f"TensorRT-LLM can't change its draft to {wanted} while it runs: a new server has to take over "
+                                    "(the supervisor does that)")
             self._put_in_place(build)
         self._build, self._tags = build, tuple(drafts)
 
@@ -299,8 +300,8 @@ class TrtllmEngine:
         """TensorRT-LLM has no switch per request: what it can't do is said, not ignored."""
         served = self._server.fixed_length if self._build else 0
         if fixed is not None and fixed != served:
-            raise InvalidRequest(f"speculation={'off' if fixed == 0 else fixed} can't be had on this replica: TensorRT-LLM has no switch per "
-                                 f"request, {_what(served)}. Ask for auto" + (", or send it to a plain replica" if fixed == 0 else ""))
+            raise InvalidRequest(f"speculation={'off' if fixed == 0 else fixed} can't be had on this replica: TensorRT-LLM has no switch "
+                                 f"per request, {_what(served)}. Ask for auto" + (", or a plain replica" if fixed == 0 else ""))
 
     def _put_in_place(self, build: EngineBuild) -> None:
         """No request mixes two drafts: those in flight end first, the others wait."""

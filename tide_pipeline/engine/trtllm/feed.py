@@ -170,8 +170,9 @@ class Feed:
         else:
             accepted = min(len(tokens) - 1, draft_length)
             drafted = (*tokens[:accepted], *[UNKNOWN] * (draft_length - accepted))
-            event = StepEvent(followed.opened.request_id, StepKind.VERIFY if drafted else StepKind.DECODE, len(prompt) + len(past) - 1,
-                              (past[-1], *tokens[:-1]), tokens, drafted, accepted, followed.version, draft_length, batch_size, step_ms, None)
+            kind, start_pos = StepKind.VERIFY if drafted else StepKind.DECODE, len(prompt) + len(past) - 1
+            event = StepEvent(followed.opened.request_id, kind, start_pos, (past[-1], *tokens[:-1]), tokens, drafted, accepted,
+                              followed.version, draft_length, batch_size, step_ms, None)
         past.extend(tokens)
         self._tell(lambda: self._sink.on_step((event,)))
 

@@ -20,8 +20,8 @@ from tide_pipeline.errors import SettingsError
 def package() -> ModuleType:
     """tensorrt_llm itself. Raises SettingsError where there is none."""
     if importlib.util.find_spec("tensorrt_llm") is None:
-        raise SettingsError("backend trtllm needs the package tensorrt_llm: serve in NVIDIA's container (docs/gpu-quickstart.md), or use an "
-                            "engine with backend = \"embedded\"")
+        raise SettingsError("backend trtllm needs the package tensorrt_llm: serve in NVIDIA's container (docs/gpu-quickstart.md), or use "
+                            "an engine with backend = \"embedded\"")
     return importlib.import_module("tensorrt_llm")
 
 
@@ -61,8 +61,9 @@ def _wrong(fact: Fact) -> Iterator[str]:
     if fact.kind == "function":
         yield from _wrong_function(fact, found)
     elif fact.kind in ("class", "model"):
-        there = _attributes(found)
-        yield from (f"no field {name}" for name, field in fact.fields.items() if there and not field.optional and name not in there)
+        there = getattr(found, "model_fields", None) or getattr(found, "__dataclass_fields__", None)
+        if there:                                      # of other classes `__init__` sets what there is: the sources tell (source_check)
+            yield from (f"no field {name}" for name, field in fact.fields.items() if not field.optional and name not in there)
 
 
 def _wrong_function(fact: Fact, found: Any) -> Iterator[str]:
@@ -74,7 +75,9 @@ def _wrong_function(fact: Fact, found: Any) -> Iterator[str]:
     if fact.signature is None:
         return
     wanted, taken = _parameters(fact.signature), list(inspect.signature(function).parameters.values())
-    named = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
+    named = [p.name for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if any(p.kind is p.VAR_POSITIONAL for p in taken):     # a decorator that hides what is behind it
+        wanted = wanted[: len(named)]
     if named[: len(wanted)] != wanted:
         yield f"takes ({', '.join(named)}), expected ({', '.join(wanted)})"
     more = [p.name for p in taken[len(wanted):] if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -87,13 +90,6 @@ def _parameters(signature: str) -> list[str]:
     assert isinstance(definition, ast.FunctionDef)
     a = definition.args
     return [p.arg for p in (*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs)]
-
-
-def _attributes(cls: Any) -> set[str]:
-    """What a class declares: dataclass or pydantic fields, annotations, properties. Empty where it declares nothing: `__init__` may set it."""
-    names = {name for base in cls.__mro__ for name in (*vars(base).get("__annotations__", ()), *vars(base))
-             if not name.startswith("__")}
-    return names if any(vars(base).get("__annotations__") for base in cls.__mro__) else set()
 
 
 def _aliases(field: Any) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Draft length by batch size: what pays, from what steps cost and how far drafts survive. Pure; knows no server.
 
-A step that verifies k draft tokens for each of b requests is expected to yield b * (1 + S[1] + .. + S[k]) tokens, S[j] being the chance that
-the first j are all accepted. For every b the k of the highest rate is taken, from 1 on: with 0 TensorRT-LLM stops feeding the draft, whose
-cache then stays behind for requests in flight (NVIDIA/TensorRT-LLM#16888), so "off" is another replica's business (serve/front).
+A step that verifies k draft tokens for each of b requests is expected to yield b * (1 + S[1] + .. + S[k]) tokens, S[j] being the chance
+that the first j are all accepted. For every b the k of the highest rate is taken, from 1 on: with 0 TensorRT-LLM stops
+feeding the draft, whose cache then stays behind for requests in flight (NVIDIA/TensorRT-LLM#16888): "off" is another replica's business
+(serve/front).
 
 Schedules are {largest batch: length}; options.translate_schedule turns that into what a version's keys mean.
 """
@@ -85,7 +86,7 @@ class StepTimes:
 
         cells = dict(self.cells)
         if len(cells) < 4 or len({length for _, length in cells}) < 2:
-            raise ValueError("step times were seen at fewer than four batch sizes and two draft lengths: serve more before a schedule is made")
+            raise ValueError("too few step times (four cells, two draft lengths): serve more before a schedule is made")
         rows = np.array([_row(*cell) for cell in cells])
         weights, *_ = np.linalg.lstsq(rows, np.array(list(cells.values())), rcond=None)
         least = min(cells.values())

@@ -1,6 +1,6 @@
 """One LLM object and what hangs on it: arguments, capture, draft lengths, statistics. Knows the order in which they must be set up.
 
-    states can be captured     one GPU        in this process (TLLM_WORKER_USE_SINGLE_PROCESS=1): the classes are wrapped before LLM is built
+    states can be captured     one GPU        in this process (TLLM_WORKER_USE_SINGLE_PROCESS=1): classes are wrapped before LLM is built
                                several GPUs   in rank 0's worker, through Ray's worker extension (ray_worker.py; prototype in TensorRT-LLM)
     otherwise                  one warning, EngineStats.capture_faults, and serving without
 """
@@ -23,6 +23,7 @@ from tide_pipeline.engine.trtllm import in_place
 from tide_pipeline.engine.trtllm.capture import PassTap
 from tide_pipeline.engine.trtllm.feed import Feed
 from tide_pipeline.engine.trtllm.installed import fields_of, installed_table, package, symbol, what_is_wrong
+from tide_pipeline.engine.trtllm.length_override import LengthOverride
 from tide_pipeline.engine.trtllm.options import NESTED, draft_length, llm_arguments
 from tide_pipeline.engine.trtllm.remote import RemotePasses
 from tide_pipeline.engine.trtllm.schedule import StepTimes, length_at
@@ -42,7 +43,8 @@ class Server:
         self._config, self._spec = config, spec
         self.max_length = draft_length(spec, config)
         self.times = StepTimes()
-        self.schedule: Mapping[int, int] = {}
+        self.schedule: Mapping[int, int] = {int(batch): int(length) for batch, length in config.speculation.draft_schedule}
+        self.lengths: LengthOverride | None = None
         self.is_up = False
         self._llm: Any = None
         self._tap: PassTap | None = None
@@ -63,7 +65,7 @@ class Server:
         return None if self.schedule else self.max_length
 
     def length_at(self, batch: int) -> int:
-        return length_at(self.schedule, batch) if self.schedule else self.max_length
+        return length_at(self.schedule, batch) or 1 if self.schedule else self.max_length
 
     def start(self, build: EngineBuild | None, feed: Feed) -> None:
         """Build LLM. Raises SettingsError, and what LLM raises."""
@@ -73,6 +75,9 @@ class Server:
         if self._config.serve.gpus == 1:
             os.environ[self.table.names["single_process"]] = "1"
         is_captured = self._prepare_capture(build, feed)
+        if self.schedule and self._config.serve.gpus == 1 and not what_is_wrong(self.table, "draft length"):
+            self.lengths = LengthOverride(self.table, self.max_length)
+            self.lengths.install()
         draft = str(Path(build.path) / "draft") if build else None
         arguments = llm_arguments(self._spec, self._config, self.table, draft=draft, model=str(self._config.engine_dir / self._spec.model),
                                   schedule=self.schedule or None, worker_extension=WORKER if self._is_remote else None,
@@ -99,6 +104,8 @@ class Server:
     def close(self) -> None:
         if self._tap is not None:
             self._tap.remove()
+        if self.lengths is not None:
+            self.lengths.remove()
         if self._remote is not None:
             self._remote.stop()
         if self._llm is not None:
@@ -133,4 +140,5 @@ class Server:
         if self._tap is not None:
             self._tap.is_on = feed.is_capturing = True
         elif self._remote is not None:
-            feed.is_capturing = self._remote.start(self._llm, feed, self._config.serve.device, len(self._spec.capture_layers))
+            feed.stop_capture = self._remote.broken
+            feed.is_capturing = self._remote.start(self._llm, feed, self._config.serve.device)
