@@ -25,6 +25,7 @@ class ServeSettings:
     device: str = "cpu"
     gpu: str = ""                      # class of the serving GPUs, such as "h100": what memory is checked against
     gpus: int = 1                      # that one replica's target is split over (tensor parallel)
+    trtllm: str = "1.2"                # version line of TensorRT-LLM in the serving container
     threads: int = 1
     max_batch: int = 8                 # requests in one step
     queue_size: int = 64               # waiting requests; one more is a 503
@@ -270,7 +271,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T
     """Build a settings dataclass from nested mappings.
 
     Raises:
-        SettingsError: an unknown key (the nearest known one is named) or a value of the wrong type.
+        SettingsError: an unknown key (the nearest known one is named), a missing one, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -281,7 +282,12 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T
             hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
             raise SettingsError(f"{where}: unknown key {key!r}{hint}")
         kwargs[key] = _coerce(hints[key], value, f"{where}.{key}")
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except TypeError as error:
+        lacking = [f.name for f in dataclasses.fields(cls) if f.name not in kwargs  # type: ignore[arg-type]
+                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        raise SettingsError(f"{where}: lacks {', '.join(lacking)}") from error
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -335,6 +341,8 @@ class Architecture:
     intermediate_size: int = 0         # of one expert where there are experts
     vocab_size: int = 0
     max_position_embeddings: int = 0
+    rope_theta: float = 0.0
+    rms_norm_eps: float = 0.0
     tie_word_embeddings: bool = False
     qk_norm: bool = False              # a norm on every query and key head
     biased: bool = False               # attention, router and experts have biases, attention has sinks (gpt-oss)
@@ -359,14 +367,13 @@ class StartingDraft:
 class TrtllmSettings:
     """What TensorRT-LLM is told beyond what follows from the rest. Names of ours: engine/trtllm/options.py maps them for each version."""
 
-    version: str = "1.2"               # line of the container it will run in
     dtype: str = "auto"                # of the weights; auto: as in the checkpoint
     kv_fraction: float = 0.85          # of the memory that is free once weights and buffers are there
     kv_dtype: str = "auto"             # fp8 halves the cache
     kv_reuse: bool = True              # a shared beginning is computed once; a captured window then begins behind it
     chunked_prefill: bool = True
     stream_interval: int = 1           # tokens between two streamed chunks; 1 lets a client count steps
-    orchestrator: str = ""             # "ray" for capture with more than one GPU (prototype in TensorRT-LLM)
+    orchestrator: str = ""             # of more than one GPU; capture needs "ray" there (prototype in TensorRT-LLM)
     extra: dict[str, Any] = field(default_factory=dict)     # more LLM arguments, checked against the version's fields
 
 

@@ -65,10 +65,18 @@ def on_gpus(recipe: str, engines: Path) -> TideConfig:
     config = override(config, tables.get("base", {}))
     for kind, name in (("serve", serving), ("train", training)):
         if name and name not in tables.get(kind, {}):
-            raise SettingsError(f"recipe {recipe!r}: {engine} has no [{kind}.{name}]; there are: {', '.join(tables.get(kind, {})) or 'none'} "
-                                f"(add a table to {engines / engine / 'recipes.toml'})")
+            there = ", ".join(tables.get(kind, {})) or "none"
+            raise SettingsError(f"recipe {recipe!r}: {engine} has no [{kind}.{name}], there are: {there}. Add a table to "
+                                f"{engines / engine / 'recipes.toml'}")
         config = override(config, tables[kind][name]) if name else config
     return config
+
+
+def first_recipe(engine_dir: Path) -> str:
+    """The recipe of the serving GPU that recipes.toml names first. Raises SettingsError."""
+    for gpu in gpu_tables(engine_dir).get("serve", {}):
+        return f"{engine_dir.name}/{gpu}"
+    raise SettingsError(f"{engine_dir / 'recipes.toml'} has no [serve.<gpu>] table: add one for the GPUs that will serve {engine_dir.name}")
 
 
 def gpu_tables(engine_dir: Path) -> dict[str, Any]:

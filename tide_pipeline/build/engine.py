@@ -18,13 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from tide_pipeline import recipes
+from tide_pipeline.build import trtllm
 from tide_pipeline.build.warmup import warm_up as warm_up_draft
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
 from tide_pipeline.contracts import EngineBuild
-from tide_pipeline.deployment.builds import DRAFT_FILES, build_dir, load_build, save_build
+from tide_pipeline.deployment.builds import CERTIFICATE, DRAFT_FILES, build_dir, load_build, save_build
 from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
+from tide_pipeline.models.draft_files import check_draft
 from tide_pipeline.models.target import engine_digest, read_shape
+from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.repository import render_model_repository
 
 MAKING = ".making-"
@@ -34,7 +37,10 @@ SETTINGS = "settings.toml"             # what the rendered model repository poin
 def build_engine(config: TideConfig, draft_dir: Path, draft_version: str, *, warm_up: bool = True) -> EngineBuild:
     """The build of a draft on the configured engine; a draft that was built before gives that build.
 
+    For TensorRT-LLM nothing is loaded and nothing warmed up: that takes the GPU it will be served on.
+
     Raises:
+        SettingsError: engine.toml can't be rendered for its version of TensorRT-LLM.
         CheckpointError, EngineMismatch: the draft is damaged, or made for another engine.
         BuildError: the disk is full, the draft changed while it was copied, or the engine failed on it.
     """
@@ -44,11 +50,10 @@ def build_engine(config: TideConfig, draft_dir: Path, draft_version: str, *, war
         existing = _existing(config, build.build_id)
         if existing is not None:
             return existing
-        identity = DraftIdentity(spec.name, build.engine_digest, spec.capture_layers)
-        load_draft(draft_dir, read_shape(config.engine_dir / spec.model), identity)
+        _check(config, spec, draft_dir, build)
         with _workshop(config.state.builds / config.target) as folder:
-            _fill(config, folder, draft_dir, build)
-            if warm_up:
+            _fill(config, spec, folder, draft_dir, build)
+            if warm_up and spec.backend == "embedded":
                 build = replace(build, warmup=warm_up_draft(config, spec, replace(build, path=str(folder))))
             _put_in_place(folder, Path(build.path))
         save_build(build)
@@ -58,12 +63,22 @@ def build_engine(config: TideConfig, draft_dir: Path, draft_version: str, *, war
 def describe(config: TideConfig, spec: EngineSpec, draft_dir: Path, draft_version: str) -> EngineBuild:
     """What the build will be called and be made of; nothing is written."""
     draft, engine = digest_draft(draft_dir), engine_digest(config.engine_dir / spec.model, spec)
-    build_id = hashlib.sha256(f"{draft} {engine} {spec.backend}".encode()).hexdigest()[:16]
+    served_by = trtllm.identity(config, spec) if spec.backend == "trtllm" else spec.backend
+    build_id = hashlib.sha256(f"{draft} {engine} {served_by}".encode()).hexdigest()[:16]
     return EngineBuild(build_id, config.target, spec.backend, str(build_dir(config.state.builds, config.target, build_id)), draft_version,
                        draft, engine, time.time())
 
 
-def _fill(config: TideConfig, folder: Path, draft_dir: Path, build: EngineBuild) -> None:
+def _check(config: TideConfig, spec: EngineSpec, draft_dir: Path, build: EngineBuild) -> None:
+    """A draft that does not fit is refused before anything is written."""
+    if spec.backend == "trtllm":
+        check_draft(draft_dir, spec)
+    else:
+        identity = DraftIdentity(spec.name, build.engine_digest, spec.capture_layers)
+        load_draft(draft_dir, read_shape(config.engine_dir / spec.model), identity)
+
+
+def _fill(config: TideConfig, spec: EngineSpec, folder: Path, draft_dir: Path, build: EngineBuild) -> None:
     """Draft, settings and model repository. The repository names files by their final place."""
     (folder / "draft").mkdir()
     for name in (*DRAFT_FILES, "provenance.json"):
@@ -74,7 +89,12 @@ def _fill(config: TideConfig, folder: Path, draft_dir: Path, build: EngineBuild)
         raise BuildError(f"the copy of {draft_dir} has digest {found[:12]}, expected {build.draft_digest[:12]}: "
                          "the draft changed while it was copied, build it again")
     recipes.freeze(config, folder / SETTINGS)
-    render_model_repository(config, folder / "model_repository", replica=config.serve.replica, config_file=Path(build.path) / SETTINGS)
+    place = Path(build.path)
+    model_yaml = trtllm.model_yaml(config, spec, place / "draft") if spec.backend == "trtllm" else ""
+    render_model_repository(config, folder / "model_repository", replica=config.serve.replica, config_file=place / SETTINGS,
+                            model_yaml=model_yaml)
+    if model_yaml:
+        write_json(folder / CERTIFICATE, trtllm.certificate(folder, config, spec, build))
 
 
 def _existing(config: TideConfig, build_id: str) -> EngineBuild | None:

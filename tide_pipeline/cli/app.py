@@ -29,7 +29,7 @@ WITH_VALUE = ("--recipe", "--config", "--set", "--state", "--engine")
 SHARED = (*WITH_VALUE, "--debug")
 STACK, STAGES, LOOK = "The stack", "Stages of the loop, by hand", "Look"
 ORDER = ("demo", "up", "down", "status", "config", "traffic", "drift", "train", "register", "build", "gate", "rollout", "rollback",
-         "deployments", "drafts", "sql", "signals", "report", "doctor")
+         "deployments", "drafts", "engines", "sql", "signals", "report", "doctor")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else.")]
 Workload = Annotated[str, typer.Option("--workload", help="Workload tag: drafts, drift and training are kept apart by it.")]
@@ -138,7 +138,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def shared(
     ctx: typer.Context,
-    recipe: Annotated[str | None, typer.Option(help=f"Named settings to start from: {', '.join(recipes.RECIPES)}.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"Named settings to start from: {', '.join(recipes.RECIPES)}, "
+                                              "or ENGINE/SERVING+TRAINING GPUs: qwen3-8b/h100+l40s.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file of settings on top of the recipe.")] = None,
     values: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, as TOML: drift.min_drop=0.2. "
                                                      "Repeatable; `tide config` shows them all.")] = None,

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tide_pipeline.cli.app import STAGES, JsonFlag, Workload, app, console, print_json, print_table, registry_of_stack, settings_of
+from tide_pipeline.config import load_engine_spec, override
 from tide_pipeline.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
     from tide_pipeline.config import TideConfig
     from tide_pipeline.contracts import DraftCheckpoint
+
+
+class Backend(StrEnum):
+    EMBEDDED = "embedded"
+    TRTLLM = "trtllm"
 
 
 @app.command(rich_help_panel=STAGES)
@@ -74,33 +81,56 @@ def build(
     ctx: typer.Context,
     version: Annotated[int | None, typer.Option(min=1, help="Version in MLflow.")] = None,
     draft: Annotated[Path | None, typer.Option(metavar="DIR", help="A draft folder that is not registered.")] = None,
+    backend: Annotated[Backend | None, typer.Option(help="What it is for; engine.toml says so too.")] = None,
+    trtllm: Annotated[str | None, typer.Option(metavar="LINE", help="Version line of TensorRT-LLM in the serving container: 1.2, 1.3 "
+                                               "or 1.4.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make an engine build of a draft: a folder that replicas load, warmed up once.
+    """Make an engine build of a draft: a folder that replicas load. The embedded engine warms it up once.
+
+    For TensorRT-LLM, without --version and --draft: of the draft that the engine starts with.
 
     [bold]tide build --version 2[/bold]
+
+    [bold]tide build --recipe qwen3-8b/h100 --backend trtllm --trtllm 1.3[/bold]
     """
     from tide_pipeline.build.engine import build_engine
+    from tide_pipeline.build.snapshots import starting_draft
     from tide_pipeline.models.checkpoint import digest_draft
+    from tide_pipeline.recipes import first_recipe
     from tide_pipeline.registry.registry import open_registry
+    from tide_pipeline.registry.shipped import LABEL
 
-    if (version is None) == (draft is None):
+    if version is not None and draft is not None:
         raise InvalidRequest("say what to build: either --version N or --draft DIR")
     config = settings_of(ctx)
+    spec = load_engine_spec(config.engine_dir)
+    if spec.backend == "trtllm" and not config.serve.gpu:
+        config = settings_of(ctx, fresh=True, recipe=first_recipe(config.engine_dir))
+    if trtllm is not None:
+        config = override(config, {"serve": {"trtllm": trtllm}})
+    if backend is not None and backend != spec.backend:
+        raise InvalidRequest(f"engine {spec.name} is for backend {spec.backend!r}, not {backend!r}: name another engine with --engine "
+                             "(`tide engines list`), or leave --backend out")
+    if version is None and draft is None and spec.backend == "embedded":
+        raise InvalidRequest("say what to build: either --version N or --draft DIR")
     if version is not None:
         registry_of_stack(config)
         registry = open_registry(config)
         found = registry.get(version)
         folder, name = registry.fetch(version, config.state.training / "fetched" / found.draft_version), found.draft_version
     else:
-        assert draft is not None
-        folder, name = draft, f"local-{digest_draft(draft)[:8]}"
+        folder = draft or starting_draft(config, spec)
+        name = f"{'local' if draft else LABEL}-{digest_draft(folder)[:8]}"
     made = build_engine(config, folder, name)
     if as_json:
         print_json(made)
     else:
         facts = ", ".join(f"{key} {value:.3g}" for key, value in made.warmup.items())
-        console().print(f"build {made.build_id} of {made.draft_version} ({facts})\nnext: tide gate {made.build_id}")
+        console().print(f"build {made.build_id} of {made.draft_version} ({facts or 'not warmed up: that takes its GPU'})", markup=False)
+        console().print(f"next: tide gate {made.build_id}" if made.backend == "embedded" else
+                        f"for TensorRT-LLM {config.serve.trtllm} on {config.serve.gpus} x {config.serve.gpu}; next, in its container: "
+                        f"launch_triton_server.py --model_repo={made.path}/model_repository", markup=False)
 
 
 @app.command(rich_help_panel=STAGES)

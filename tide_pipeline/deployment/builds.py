@@ -3,6 +3,7 @@
     build.json             the EngineBuild record; written last, so a directory without it is not a build
     draft/                 the draft checkpoint (config.json, model.safetensors, provenance.json)
     model_repository/      the Triton model repository that serves it
+    provenance.json        for TensorRT-LLM: what made it, and the digest of every other file
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from tide_pipeline.contracts import EngineBuild, from_dict
 from tide_pipeline.errors import BuildError
-from tide_pipeline.provenance import digest_files, write_json
+from tide_pipeline.provenance import digest_file, digest_files, write_json
 
 DRAFT_FILES = ("config.json", "model.safetensors")
+CERTIFICATE = "provenance.json"
 
 
 def build_dir(builds: Path, target: str, build_id: str) -> Path:
@@ -31,7 +33,7 @@ def save_build(build: EngineBuild) -> None:
 
 
 def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
-    """Read a build and verify its draft's bytes against the recorded digest. Raises BuildError."""
+    """Read a build and verify its draft's bytes, and those of every certified file, against the recorded digests. Raises BuildError."""
     folder = build_dir(builds, target, build_id)
     try:
         build = from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
@@ -44,7 +46,23 @@ def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
     if found != build.draft_digest:
         raise BuildError(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
                          "make it again with `tide build`")
+    if altered := _altered(folder, build.backend):
+        raise BuildError(f"build {build_id}: {altered} is missing or was altered since it was built: change engine.toml or the settings "
+                         "instead, and make it again with `tide build`")
     return build
+
+
+def _altered(folder: Path, backend: str) -> str:
+    """The first certified file that is not what it was; "" for none. The draft was verified already."""
+    if backend != "trtllm":
+        return ""
+    try:
+        files: dict[str, str] = json.loads((folder / CERTIFICATE).read_text())["files"]
+        return next((name for name, digest in files.items() if not name.startswith("draft/") and digest_file(folder / name) != digest), "")
+    except FileNotFoundError as error:
+        return Path(error.filename).name
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return CERTIFICATE
 
 
 def list_builds(builds: Path, target: str) -> list[EngineBuild]:

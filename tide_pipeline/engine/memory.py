@@ -132,7 +132,7 @@ def serving_memory(spec: EngineSpec, serve: ServeSettings, gpu: Gpu, draft_lengt
 
 
 def training_memory(spec: EngineSpec, settings: TrainingSettings, gpu: Gpu) -> TrainingMemory:
-    """One GPU's share. Everything it holds is in fp32 (training/run.py); activations count one row of a batch, unrolled `ttt_steps` times."""
+    """One GPU's share. All is in fp32, as in training/run.py; activations are of one row of a batch, unrolled `ttt_steps` times."""
     a, draft, D = spec.architecture, draft_sizes(spec.architecture, spec.draft), spec.architecture.hidden_size
     U, rows = settings.draft_vocab_size or draft.vocab_size, settings.window_rows
     per_parameter = MUON_BYTES if settings.optimizer == "muon" else ADAM_BYTES

@@ -97,7 +97,7 @@ def _mismatches(config: Mapping[str, Any], spec: EngineSpec) -> Iterator[str]:
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any], spec: EngineSpec) -> None:
-    wanted, optional = _shapes(config, spec)
+    wanted, optional = tensor_shapes(config, spec)
     if old := sorted(name for name in tensors if name.startswith("layers.0.")):
         raise CheckpointError(f"{folder}: {old[0]} must be called {old[0].replace('layers.0.', 'midlayer.')}: TensorRT-LLM 1.2 does not "
                               "rename it")
@@ -112,7 +112,7 @@ def _check_tensors(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...
         raise CheckpointError(f"{folder}: a draft vocabulary of {config['draft_vocab_size']} needs lm_head.weight and d2t in the file")
 
 
-def _shapes(config: Mapping[str, Any], spec: EngineSpec) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+def tensor_shapes(config: Mapping[str, Any], spec: EngineSpec) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     """Every tensor of the format, and those that a draft may leave to the target."""
     a, U = spec.architecture, config["draft_vocab_size"]
     D, I = a.hidden_size, config.get("intermediate_size", a.intermediate_size)  # noqa: E741

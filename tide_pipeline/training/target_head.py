@@ -11,7 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.engine.memory import draft_sizes
 from tide_pipeline.models.checkpoint import DraftIdentity
+from tide_pipeline.models.layers import Heads
+from tide_pipeline.models.rope import Rope
 from tide_pipeline.models.target import TargetShape, engine_digest, read_embeddings, read_shape
 
 
@@ -36,14 +39,22 @@ class TargetHead:
 
 
 def read_target_head(folder: Path, spec: EngineSpec) -> TargetHead:
-    """Read embeddings and lm_head in fp32 from the target's folder; tied embeddings serve as both.
+    """Read embeddings and lm_head in fp32 from the target's folder; tied embeddings serve as both. Quantised layers are not read.
 
     Raises:
         CheckpointError: the folder is missing or cut short, or its embeddings do not fit its config.json.
     """
-    shape = read_shape(folder)
+    shape = _shape_of(spec) if spec.repo else read_shape(folder)
     embedding, lm_head = read_embeddings(folder, shape)
     return TargetHead(shape, spec, engine_digest(folder, spec), embedding, lm_head)
+
+
+def _shape_of(spec: EngineSpec) -> TargetShape:
+    """From the numbers in engine.toml: TensorRT-LLM serves networks that we do not run. The MLP is the draft's."""
+    a = spec.architecture
+    return TargetShape(a.hidden_size, a.num_hidden_layers, Heads(a.num_attention_heads, a.num_key_value_heads, a.head_dim),
+                       draft_sizes(a, spec.draft).intermediate_size, a.vocab_size, a.max_position_embeddings, Rope(a.rope_theta),
+                       a.rms_norm_eps, (), a.tie_word_embeddings, (), a.qk_norm, None)
 
 
 def target_head_of(config: TideConfig) -> TargetHead:

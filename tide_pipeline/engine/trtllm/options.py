@@ -52,7 +52,7 @@ def llm_arguments(spec: EngineSpec, config: TideConfig, table: Table, *, draft: 
     top["enable_iter_perf_stats"] = True
     top["kv_cache_config"] = _kv_cache(spec, table, installed)
     top["cuda_graph_config"] = _graphs(config, table, installed)
-    if own.orchestrator:
+    if own.orchestrator and config.serve.gpus > 1:
         top["orchestrator_type"] = own.orchestrator
     if worker_extension:
         top["ray_worker_extension_cls"] = worker_extension
@@ -115,8 +115,8 @@ def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: 
     if schedule is not None and max_concurrency is not None:
         raise SettingsError("a draft length schedule and max_concurrency exclude each other in TensorRT-LLM: leave out one of them")
     if (schedule is not None or max_concurrency is not None) and not table.names["one_model_length_control"]:
-        raise SettingsError(f"TensorRT-LLM {table.line} can't change the draft length by batch size where capture works (one-model EAGLE-3): "
-                            "run speculative and plain replicas behind the front, or use 1.3 or later")
+        raise SettingsError(f"TensorRT-LLM {table.line} can't change the draft length by batch size where capture works (one-model "
+                            "EAGLE-3): run speculative and plain replicas behind the front, or use 1.3 or later")
     if schedule is not None:
         eagle["draft_len_schedule"] = translate_schedule(schedule, table.layout.schedule, longest, config.serve.max_batch)
     if max_concurrency is not None:
