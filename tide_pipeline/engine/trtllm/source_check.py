@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +112,10 @@ def _field(name: str, expected: Field, found: FoundField) -> Iterator[str]:
 
 
 def _refuses_unknown(tree: SourceTree, fact: Fact) -> bool:
-    return any("extra='forbid'" in ast.unparse(node) or "'extra': 'forbid'" in ast.unparse(node)
+    """`model_config = ConfigDict(extra="forbid")`, or the older inner `class Config`."""
+    return any(re.search(r"extra'?\s*[=:]\s*'forbid'", ast.unparse(node))
                for _, definition in tree.lineage(fact.module, fact.name) for node in definition.body
-               if isinstance(node, ast.Assign | ast.AnnAssign))
+               if isinstance(node, ast.Assign | ast.AnnAssign) or (isinstance(node, ast.ClassDef) and node.name == "Config"))
 
 
 def _function(tree: SourceTree, fact: Fact) -> Iterator[str]:
