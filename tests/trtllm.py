@@ -25,8 +25,8 @@ def write_trtllm_place(folder: Path, line: str, values: Mapping[str, Any] | None
     engine = folder / "engines" / "tiny"
     write_tiny_target(engine / "target", max_positions=CONTEXT)
     raw = json.loads((engine / "target" / "config.json").read_text())
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-             "max_position_embeddings")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+             "vocab_size", "max_position_embeddings")
     architecture = "".join(f"{name} = {raw[name]}\n" for name in names)
     engine.joinpath("engine.toml").write_text(
         f'name = "tiny"\nbackend = "trtllm"\nmodel = "target"\nrevision = "1"\ncapture_layers = {list(LAYERS)}\nsoft_targets = false\n'

@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.unit.test_taps import HeldCopier
-from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.contracts import EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine.memory import RING_SLOTS
 from tide_pipeline.engine.trtllm.capture import DUMMY, Batch, Prepared, arrange, read_batch
 from tide_pipeline.engine.trtllm.in_place import load_draft
 from tide_pipeline.engine.trtllm.layout import Context, Forward
 from tide_pipeline.engine.trtllm.sampling import Totals, sampling_arguments, totals
 from tide_pipeline.engine.trtllm.shipment import Shipment, Shipper
-from tide_pipeline.contracts import GenerationRequest, SamplingParams
 from tide_pipeline.errors import BuildError, RestartNeeded
 
 CPU = torch.device("cpu")

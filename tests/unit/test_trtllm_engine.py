@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.helpers import Answer, RecordingSink, ask
 from tests.serving import Place, until
@@ -143,7 +141,10 @@ def test_stop_strings_end_on_the_same_character_as_in_the_embedded_engine(place:
 def test_cancelled_late_and_too_many(place: Place) -> None:
     with serving(place) as engine:
         heard = [Answer() for _ in range(10)]
-        streams = [engine.submit(ask(f"c{i}", "hello", max_tokens=400, ignore_eos=True), a) for i, a in enumerate(heard)]
+        streams = []
+        for i, a in enumerate(heard):
+            streams.append(engine.submit(ask(f"c{i}", "hello", max_tokens=400, ignore_eos=True), a))
+            until(lambda i=i: engine.stats().running == min(i + 1, 4))     # type: ignore[misc]
         with pytest.raises(QueueFull):
             for i in itertools.count():
                 engine.submit(ask(f"more-{i}", "hello", max_tokens=400, ignore_eos=True))
@@ -216,7 +217,8 @@ def _say_too_much(outputs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("harm", [_forget_lens, _say_too_much])
 def test_a_pass_that_is_not_as_known_ends_capture_and_nothing_else(place: Place, harm: Callable[[dict[str, Any]], None],
-                                                                   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+                                                                   monkeypatch: pytest.MonkeyPatch,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
     """What comes back is changed for the wrapper alone: the server reads its own copy."""
     from tide_pipeline.engine.trtllm.capture import PassTap
 
@@ -289,25 +291,9 @@ def test_what_clients_need_is_fatal(place: Place, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delattr(tensorrt_llm.LLM, "generate_async")
     engine = open_engine(place.config, place.spec)
-    with pytest.raises(SettingsError, match="LLM.generate_async"):
+    with pytest.raises(SettingsError, match=r"LLM\.generate_async"):
         engine.start()
     engine.close()
-
-
-def test_a_schedule_decides_by_batch_size_and_rows_follow(tmp_path: Path) -> None:
-    with stand_in("1.3"):
-        place = write_trtllm_place(tmp_path, "1.3", {"serve": {"max_batch": 4}, "speculation": {"draft_schedule": [[1, 3], [2, 2], [4, 1]]}})
-        sink, known = LossySink(), KnownNetwork(place)
-        with serving(place, sink) as engine:
-            answers = answer(engine, *REQUESTS)
-            with pytest.raises(InvalidRequest, match="schedule decides"):
-                engine.submit(ask("a", "hello", speculation="3"))
-            assert engine.stats().capture_faults == 0
-        for request, heard in zip(REQUESTS, answers, strict=True):
-            seen, text = sink.requests[request.request_id], [*engine.codec.encode(request.prompt), *heard.tokens]
-            assert torch.equal(seen.rows, known.states(text[:-1], seen.events[0].start_pos))
-        lengths = {e.draft_length for e in sink.events if e.kind is StepKind.VERIFY}
-        assert lengths == {1, 2, 3}
 
 
 # --- several GPUs: the same through Ray's worker extension --------------------------------------------------------
@@ -321,8 +307,13 @@ def test_states_come_from_rank_0_through_rays_workers(place: Place, tmp_path: Pa
         until(lambda: all(s.closed for s in sink.requests.values()))
     for request, heard in zip(REQUESTS, answers, strict=True):
         seen, text = sink.requests[request.request_id], [*engine.codec.encode(request.prompt), *heard.tokens]
-        assert torch.equal(seen.rows, known.states(text[: seen.events[0].start_pos + len(seen.row_tokens)], seen.events[0].start_pos))
-        assert seen.row_tokens == text[seen.events[0].start_pos :][: len(seen.row_tokens)] and len(seen.row_tokens) > 0
+        for event, states in zip(seen.events, seen.states, strict=True):       # with this small ring some passes are dropped, and counted
+            stop = event.start_pos + len(event.row_tokens)
+            assert list(event.row_tokens) == text[event.start_pos : stop]
+            assert torch.equal(states, known.states(text[:stop], event.start_pos))
+        rows = sum(len(e.row_tokens) for e in sink.of(request.request_id))
+        assert rows == len(text) - 1 - sink.of(request.request_id)[0].start_pos
+    assert sum(len(s.row_tokens) for s in sink.requests.values()) > 0
 
 
 def test_split_over_gpus_without_ray_there_are_no_states(place: Place, tmp_path: Path) -> None:
@@ -330,28 +321,3 @@ def test_split_over_gpus_without_ray_there_are_no_states(place: Place, tmp_path:
     with serving(split, LossySink()) as engine:
         heard, = answer(engine, ask("a", "hello", max_tokens=5, ignore_eos=True))
         assert len(heard.tokens) == 5 and engine.stats().capture_faults == 1
-
-
-@settings(max_examples=15)
-@given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 25), st.booleans()), min_size=1, max_size=6))
-def test_any_mixture_of_requests_is_captured_whole(lengths: list[tuple[int, int, bool]]) -> None:
-    """Chunked prompts among generations: the token budget of a pass is small."""
-    with contextlib.ExitStack() as stack:
-        place = stack.enter_context(mixture_place())
-        sink, known = LossySink(), KnownNetwork(place)
-        requests = [ask(f"m{i}", chr(97 + i) * n, max_tokens=m, ignore_eos=ignore) for i, (n, m, ignore) in enumerate(lengths)]
-        with serving(place, sink) as engine:
-            answers = answer(engine, *requests)
-            assert engine.stats().capture_faults == 0
-        for request, heard in zip(requests, answers, strict=True):
-            seen, text = sink.requests[request.request_id], [*engine.codec.encode(request.prompt), *heard.tokens]
-            start = seen.events[0].start_pos
-            assert seen.row_tokens == text[start:-1] and torch.equal(seen.rows, known.states(text[:-1], start))
-
-
-@contextlib.contextmanager
-def mixture_place() -> Iterator[Place]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder, stand_in("1.3"):
-        yield write_trtllm_place(Path(folder), "1.3", {"serve": {"max_batch": 3, "queue_size": 6, "prefill_chunk": 16}})

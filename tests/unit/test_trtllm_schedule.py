@@ -60,7 +60,8 @@ def test_a_schedule_says_the_same_in_both_directions_of_reading(lengths: list[in
 
 def test_the_embedded_engines_table_serves_as_costs() -> None:
     costs = StepCosts()
-    costs.profile({(b, k, 0): 0.4 * k for b in (1, 8) for k in (1, 2, 3, 4)}, {(b, b * n, 0): 8 + 0.05 * b * n for b in (1, 8) for n in (1, 5)})
+    costs.profile({(b, k, 0): 0.4 * k for b in (1, 8) for k in (1, 2, 3, 4)},
+                  {(b, b * n, 0): 8 + 0.05 * b * n for b in (1, 8) for n in (1, 5)})
     assert of_costs(costs)(4, 2) == pytest.approx(memory_bound(4, 2))
     assert best_lengths(of_costs(costs), CHANCES, 8) == best_lengths(memory_bound, CHANCES, 8)
 

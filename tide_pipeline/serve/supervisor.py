@@ -25,7 +25,7 @@ from tide_pipeline.config import TideConfig, load_toml, override
 from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
-from tide_pipeline.serve.front.replicas import READ_S, ReplicaSpec, read_replicas, write_replicas
+from tide_pipeline.serve.front.replicas import READ_S, read_replicas, write_replicas
 from tide_pipeline.serve.process import next_pause_s
 from tide_pipeline.serve.triton import TritonReplica
 

@@ -147,7 +147,8 @@ class Feed:
         batch = len(forward.contexts) + len(forward.generations)
         events = [self._event(step, shipment.handle, batch, step_ms) for step in steps if step.request in self._followed]
         if events:
-            self._ledger.engine_step(forward.draft_length if forward.generations else 0, step_ms)
+            if forward.generations:
+                self._ledger.engine_step(forward.draft_length, step_ms)
             self._tell(lambda: self._sink.on_step(events))
         if not forward.contexts:
             self._times.observe(batch, forward.draft_length, step_ms)

@@ -20,7 +20,7 @@ from tide_pipeline.engine.trtllm.capture import Listener
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.02
+POLL_S = 0.005                         # two passes wait in host memory at most, and four on the device
 
 
 class ArrivedRing(TapRing):

@@ -5,10 +5,10 @@ Told by a JSON file that is replaced whole (`write_replicas`) and read again whe
     {"replicas": [{"name": "replica-0", "url": "http://127.0.0.1:8000", "weight": 1.0, "drain": false}, ...]}
 
 `weight` (1.0 unless given) is a replica's share of new requests, `drain` (false unless given) ends them; those in flight go on, and
-/front/status tells when `in_flight` is 0. `best_until` (0, none, unless given) is for replicas that speculate at every batch size: they come
-first while fewer requests are in flight there, and what is more goes to replicas without it (docs/trtllm.md). A replica that is gone from
-the file finishes what it has. A file that is missing or wrong changes nothing: the last good one holds, and /front/status says what is
-wrong.
+/front/status tells when `in_flight` is 0. `best_until` (0, none, unless given) is for replicas that speculate at every batch size: they
+come first while fewer requests are in flight there, and what is more goes to replicas without it (docs/trtllm.md). A replica that is gone
+from the file finishes what it has. A file that is missing or wrong changes nothing: the last good one holds, and /front/status says what
+is wrong.
 """
 
 from __future__ import annotations
