@@ -18,6 +18,7 @@ from tide_pipeline.contracts import Deployment, EngineBuild, GenerationRequest
 from tide_pipeline.deployment.builds import save_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import freeze
@@ -84,9 +85,20 @@ def cancel_while_it_streams(client: TritonClient) -> None:
 
 
 def plain_text(place: Place, request: GenerationRequest) -> str:
-    """The same request in process, without Triton and without speculation."""
+    """The same request in process, without Triton and without speculation; of the stand-in for TensorRT-LLM, what it is known to say."""
+    if place.spec.backend == "trtllm":
+        return known_text(place, request)
     engine = EmbeddedEngine(place.config.engine_dir / "target", place.spec, place.config.serve, place.config.speculation)
     return generate(engine, request)[0].text
+
+
+def known_text(place: Place, request: GenerationRequest) -> str:
+    from tests.trtllm import KnownNetwork
+
+    codec, how = TextCodec(place.config.engine_dir / "target"), request.sampling
+    tokens = KnownNetwork(place).continuation(codec.encode(request.prompt), how.max_tokens, ends=not how.ignore_eos)
+    stream = TextStream(codec, how.stop)
+    return stream.push(tokens) + stream.finish()
 
 
 def poison(build: EngineBuild) -> None:

@@ -34,6 +34,7 @@ class ServeSettings:
     replica: str = "replica-0"
     agent_poll_s: float = 0.5          # how often the draft agent reads the deployment record
     report_s: float = 1.0              # how often observed state is written
+    draft_swap: str = "blue_green"     # of trtllm: blue_green, restart or in_place (docs/trtllm.md)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class SpeculationSettings:
     survival_window: int = 200         # steps an acceptance estimate remembers (per workload and position)
     prior_acceptance: float = 0.7      # per-position, before anything is known of a draft
     switch_margin: float = 0.01        # expected gain below which the controller stays off
+    draft_schedule: tuple[tuple[int, int], ...] = ()   # trtllm 1.3+: (largest batch, length); () is one length for every batch
     early_stop: bool = True            # drafts of greedy requests end where the draft is unsure, and go on where it is not
 
 

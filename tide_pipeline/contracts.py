@@ -98,7 +98,8 @@ class StepEvent:
 
     `row_tokens` are the tokens consumed at positions start_pos, start_pos+1, ... (one per row of `taps`);
     `emitted` are the tokens this step added: emitted[i] follows row_tokens[i] on a verify step.
-    `drafted[:accepted]` were accepted; `drafted[accepted]` would have stood at position start_pos + accepted + 1.
+    `drafted[:accepted]` were accepted; `drafted[accepted]` would have stood at position start_pos + accepted + 1, and is -1 where
+    the engine does not tell which token it was.
     """
 
     request_id: str
@@ -323,6 +324,7 @@ class ObservedState:
     error: str
     at: float
     pid: int
+    needs_restart: int = 0               # number of a deployment that only a new server can serve; 0 for none
 
 
 def to_json(record: Any) -> str:

@@ -14,6 +14,7 @@ TideError
 ├── TrainingFailed           training stopped: NaN, exploding loss, no time left
 ├── RegistryError            MLflow refused, is away, or gave back other bytes
 ├── BuildError               a build is missing, incomplete or altered
+│   └── RestartNeeded        it is whole, and only a new server can serve it
 ├── DeploymentConflict       somebody else wrote the deployment record first
 ├── GateNotPassed            promotion was asked for without a passing verdict
 ├── NothingToRollBack        the deployment record holds no earlier state
@@ -65,6 +66,9 @@ class RegistryError(TideError): ...
 
 
 class BuildError(TideError): ...
+
+
+class RestartNeeded(BuildError): ...
 
 
 class DeploymentConflict(TideError): ...

@@ -101,7 +101,7 @@ class WindowAssembler:
             raise ValueError(f"step with {n} tokens has {len(words_NW)} rows")
         self._append(start, tokens, words_NW[known:])
         self._follower = _follower(event)
-        if event.accepted < len(event.drafted):
+        if event.accepted < len(event.drafted) and event.drafted[event.accepted] >= 0:
             self._rejected.append((event.start_pos + event.accepted + 1, event.drafted[event.accepted]))
 
     def close(self) -> None:

@@ -208,7 +208,7 @@ class EmbeddedEngine:
         self._outbox.post(lambda: self.sink.on_step((event,)), self.ring.ship())
         if token is not None:
             self._join(active)
-            self._advance(active, *self._runner.take(active, [token]))
+            self._advance(active, *active.take([token], self.target.shape.eos_ids))
 
     def _join(self, active: ActiveRequest) -> None:
         """From the spare slot to the lowest free one, and to the draft it will keep to its end."""
@@ -278,11 +278,7 @@ class EmbeddedEngine:
         """Append what a step emitted, tell the client, and end the request when it is done."""
         r.tokens.extend(emitted)
         self._ledger.tokens += len(emitted)
-        reason = None
-        if r.text.stopped or (emitted[-1] in self.target.shape.eos_ids and not r.request.sampling.ignore_eos):
-            reason = FinishReason.STOP
-        elif r.remaining <= 0 or len(r.tokens) >= self.positions:
-            reason = FinishReason.LENGTH
+        reason = r.reason_to_end(self.target.shape.eos_ids, self.positions)
         if reason is None:
             self._tell(r, tuple(emitted), None, text)
         else:
@@ -326,10 +322,8 @@ class EmbeddedEngine:
         self._tell(r, tokens, reason, text, error)
 
     def _tell(self, r: ActiveRequest, tokens: tuple[int, ...], reason: FinishReason | None, text: str = "", error: str = "") -> None:
-        chunk = TokenChunk(r.request.request_id, tokens, text, reason, error, r.num_prompt, r.num_output, r.drafted_tokens,
-                           r.accepted_tokens, r.verify_steps, r.target_steps, r.version)
         try:
-            r.stream.put(chunk)
+            r.stream.put(r.chunk(tokens, reason, text, error))
         except Exception:
             log.exception("a client's callback failed: its request goes on unheard")
             r.cancelled = True

@@ -30,6 +30,13 @@ class Ledger:
         self.drafted += drafted
         self.accepted += accepted
 
+    def request_steps(self, steps: int, verify_steps: int, drafted: int, accepted: int) -> None:
+        """All steps of a request at once."""
+        self.steps += steps
+        self.verify_steps += verify_steps
+        self.drafted += drafted
+        self.accepted += accepted
+
     def engine_step(self, depth: int, ms: float) -> None:
         self.depth_steps[depth] += 1
         if depth:

@@ -37,6 +37,7 @@ class EngineStats:
     first_position_rate: dict[str, float] = field(default_factory=dict)   # workload -> the controller's estimate
     step_ms: dict[str, float] = field(default_factory=dict)               # measured costs, StepCosts.table()
     dropped_tap_rows: int = 0                                             # the tap ring was full: the sink lagged behind a GPU
+    capture_faults: int = 0                                               # why states are not captured: the server is not as known
 
 
 class Sink(Protocol):
@@ -110,6 +111,14 @@ class Engine(Protocol):
 
         Loads and verifies before anything changes. Raises BuildError, CheckpointError, EngineMismatch.
         """
+        ...
+
+    def profile(self) -> None:
+        """Measure what steps cost, before `start`, where the engine decides draft lengths itself."""
+        ...
+
+    def start(self) -> None:
+        """Serve. Returns when requests can be answered."""
         ...
 
     def stats(self) -> EngineStats: ...

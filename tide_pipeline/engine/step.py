@@ -81,7 +81,7 @@ class StepRunner:
             how = r.request.sampling
             n, emitted = accept_greedy(p.tokens, argmax_N[at : at + width]) if r.greedy else accept_sampled(
                 p.tokens, p.q_KV, distribution(logits_NV[at : at + width], how), how.seed, len(r.tokens))
-            emitted, text = self.take(r, emitted)
+            emitted, text = r.take(emitted, self.target.shape.eos_ids)
             kept = range(at, at + len(emitted))                    # rows of the last token and of the accepted drafts
             if r.draft is not None:
                 r.waiting_taps.append(taps_NG[kept.start : kept.stop])
@@ -94,19 +94,3 @@ class StepRunner:
             drafted = p.tokens if whole else p.tokens[: len(emitted)]
             verdicts.append(Verdict(r, drafted, p.confidences[: len(drafted)], accepted, emitted, text, handle))
         return verdicts
-
-    def take(self, r: ActiveRequest, emitted: list[int]) -> tuple[list[int], str]:
-        """The tokens of a step that the request takes, and their text. It ends at max_tokens, at end-of-text and at a stop
-        string, on the same token as plain decoding does."""
-        emitted, how = emitted[: r.remaining], r.request.sampling
-        if not how.ignore_eos:
-            end = next((i for i, token in enumerate(emitted) if token in self.target.shape.eos_ids), len(emitted))
-            emitted = emitted[: end + 1]
-        if not how.stop:
-            return emitted, r.text.push(emitted)
-        text = ""
-        for i, token in enumerate(emitted):
-            text += r.text.push([token])
-            if r.text.stopped:
-                return emitted[: i + 1], text
-        return emitted, text

@@ -117,6 +117,14 @@ def _window(raw: Mapping[str, Any], family: Family, layers: int, where: str) -> 
     return window
 
 
+def read_outline(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """Hidden size and end-of-text tokens: what follows from a target that another engine computes. Raises CheckpointError."""
+    raw = _read(folder / "config.json")
+    if raw is None:
+        raise CheckpointError(f"no target at {folder}: config.json is missing (put a snapshot there, see `model` in engine.toml)")
+    return _whole(raw, "hidden_size", str(folder)), _eos_ids(folder, raw)
+
+
 def _eos_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Those of generation_config.json come first, as in `generate`: chat models end a turn with other tokens than a text."""
     generation = _read(folder / "generation_config.json") or {}

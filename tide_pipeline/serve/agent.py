@@ -17,8 +17,9 @@ from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, ObservedState
 from tide_pipeline.deployment.builds import load_build
-from tide_pipeline.deployment.record import DeploymentRecord, write_observed
-from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.deployment.record import DeploymentRecord, read_observed, write_observed
+from tide_pipeline.engine.protocol import Engine
+from tide_pipeline.errors import RestartNeeded
 from tide_pipeline.serve.tally import Counts, Recent, TallySink
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,13 @@ RECENT_S = 10.0                    # reported acceptance and throughput look bac
 class DraftAgent:
     """`poll()` once before readiness, then `start()`. Only one thread polls at a time."""
 
-    def __init__(self, engine: EmbeddedEngine, recorder: Recorder, tally: TallySink, config: TideConfig, replica: str) -> None:
+    def __init__(self, engine: Engine, recorder: Recorder, tally: TallySink, config: TideConfig, replica: str) -> None:
         self._engine, self._recorder, self._config, self.replica = engine, recorder, config, replica
         self._record = DeploymentRecord(config.state.deployments, config.target)
         self._applied = 0                          # number of the deployment being served
         self._serving: dict[str, EngineBuild] = {}
         self._failed, self._retry_at = 0, 0.0      # number of the deployment that could not be served
+        self._needs_restart = 0                    # number of a deployment that this process can't change to
         self.error = ""
         self._recent = Recent(tally, RECENT_S, time.monotonic())
         self._stop = threading.Event()
@@ -65,11 +67,17 @@ class DraftAgent:
             return False
         try:
             swapped = self._apply(desired)
+        except RestartNeeded as error:             # not an error: a new server takes over (serve/supervisor.py)
+            self._failed, self._retry_at = desired.n, time.monotonic() + RETRY_S
+            if self._needs_restart != desired.n:
+                log.info("deployment %d: %s", desired.n, error)
+            self._needs_restart, self.error = desired.n, ""
+            return False
         except Exception as error:                 # whatever a build brings, serving goes on with what it has
             self._failed, self._retry_at = desired.n, time.monotonic() + RETRY_S
             self._note(f"deployment {desired.n} is not served ({type(error).__name__}: {error})")
             return False
-        self._applied, self.error = desired.n, ""
+        self._applied, self._needs_restart, self.error = desired.n, 0, ""
         return swapped
 
     def report(self) -> ObservedState:
@@ -80,14 +88,22 @@ class DraftAgent:
         return ObservedState(
             self.replica, self._config.target, self._applied, {tag: b.build_id for tag, b in self._serving.items()},
             {tag: b.draft_digest for tag, b in self._serving.items()}, drafted.acceptance_length,
-            sum(counts.emitted for counts in recent.values()) / seconds, self.error, time.time(), os.getpid())
+            sum(counts.emitted for counts in recent.values()) / seconds, self.error, time.time(), os.getpid(),
+            self._needs_restart)
 
     def publish(self) -> None:
-        """Write the report beside the record. Never raises: a full disk must not stop serving."""
+        """Write the report beside the record, unless a successor has begun to. Never raises: a full disk must not stop serving."""
         try:
+            if self._is_succeeded():
+                return
             write_observed(self._config.state.observed, self.report())
         except OSError as error:
             self._note(f"observed state can't be written: {error}")
+
+    def _is_succeeded(self) -> bool:
+        """Whether another process of this name serves what this one could not."""
+        seen = read_observed(self._config.state.observed, self._config.target).get(self.replica) if self._needs_restart else None
+        return seen is not None and seen.pid != os.getpid() and seen.deployment >= self._needs_restart
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._loop, name="tide-draft-agent", daemon=True)

@@ -31,6 +31,7 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "tide_speculation_off_seconds_total": ("Time in steps that did not", lambda s: s.speculation_off_s),
     "tide_probe_seconds_total": ("Time spent on probes of switched-off drafts", lambda s: s.probe_s),
     "tide_dropped_tap_rows_total": ("Token rows that could not be copied off the GPU in time", lambda s: s.dropped_tap_rows),
+    "tide_capture_faults_total": ("Reasons why states are not captured: the server is not as we know it", lambda s: s.capture_faults),
 }
 GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "tide_running_requests": ("Requests in the batch", lambda s: s.running),

@@ -21,8 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import TideConfig, load_engine_spec, load_toml, override
-from tide_pipeline.engine.embedded import EmbeddedEngine
-from tide_pipeline.errors import SettingsError
+from tide_pipeline.engine.opening import open_engine
 from tide_pipeline.recipes import from_environment
 from tide_pipeline.serve.agent import DraftAgent
 from tide_pipeline.serve.answer import ErrorKind, kind_of
@@ -88,22 +87,20 @@ class TritonPythonModel:
         replica = parameters[REPLICA_PARAMETER]["string_value"]
         torch.set_num_threads(config.serve.threads)
         spec = load_engine_spec(config.engine_dir)
-        if spec.backend != "embedded":
-            raise SettingsError(f"{config.engine_dir}/engine.toml: no engine for backend {spec.backend!r}; there is: embedded")
         self._desk = Desk(handed_over(config.serve))
         self._outbox = Outbox()
         self._recorder = Recorder(config.capture, config.target, config.state.lake, replica)
         before_the_end(lambda: self._recorder.flush(ORPHAN_FLUSH_S))
         tally = TallySink(self._recorder, self._desk.admitted)
-        self._engine = EmbeddedEngine(config.engine_dir / spec.model, spec, config.serve, config.speculation, tally)
+        self._engine = open_engine(config, spec, tally)
         self._agent = DraftAgent(self._engine, self._recorder, tally, config, replica)
         self._agent.poll()
         self._engine.profile()
+        self._engine.start()
         self._agent.publish()
         self._metrics = MetricsPublisher(pb_utils, self._engine, self._recorder, tally, self._desk, self._outbox, self._agent,
                                          config.target)
         self._stop = threading.Event()
-        self._engine.start()
         self._agent.start()
         self._watcher = threading.Thread(target=self._watch, name="tide-watcher", daemon=True)
         self._watcher.start()

@@ -1,6 +1,10 @@
 """ReplicaSupervisor: parent of one tritonserver. Restarts it with back-off, stops it on SIGTERM, never leaves it behind.
 
-    python -m tide_pipeline.serve.supervisor --config FILE --state-file FILE [--replica NAME]
+    python -m tide_pipeline.serve.supervisor --config FILE --state-file FILE [--replica NAME] [--replicas-file FILE]
+
+A server whose engine can't change its draft while it runs (TensorRT-LLM) says so in its observed state, and gets a successor: started
+beside it, made known to the front through the replicas file, then the old one drains (serve.draft_swap = "blue_green"; needs memory for
+two); or started in its place ("restart"), while other replicas serve. A successor that does not get ready changes nothing.
 
 Its state file (JSON, replaced whole) tells pids, addresses, restarts and what it is doing. Exit codes: 0 stopped, 2 could not start.
 """
@@ -14,12 +18,14 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tide_pipeline.config import TideConfig, load_toml, override
+from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
+from tide_pipeline.serve.front.replicas import READ_S, read_replicas, write_replicas
 from tide_pipeline.serve.process import next_pause_s
 from tide_pipeline.serve.triton import TritonReplica
 
@@ -43,6 +49,7 @@ class SupervisorState:
     grpc_url: str = ""             # host:port
     metrics_url: str = ""
     restarts: int = 0
+    successions: int = 0           # times a new server took over for another draft
     error: str = ""                # of the last start or death
     log: str = ""
     at: float = 0.0
@@ -51,9 +58,11 @@ class SupervisorState:
 class ReplicaSupervisor:
     """Run it in the main thread: the server is killed with the thread that started it."""
 
-    def __init__(self, config: TideConfig, config_file: Path, state_file: Path, replica: str = "") -> None:
+    def __init__(self, config: TideConfig, config_file: Path, state_file: Path, replica: str = "",
+                 replicas_file: Path | None = None) -> None:
         self._replica = TritonReplica(config, config_file, replica=replica)
-        self._config, self._state_file = config, state_file
+        self._config, self._config_file, self._state_file, self._replicas_file = config, config_file, state_file, replicas_file
+        self._tried = 0                            # number of the deployment that a successor was last started for
         self.state = SupervisorState(self._replica.replica, config.target, pid=os.getpid(), log=str(self._replica.log))
         self._stop = threading.Event()
         self._was_ready = False
@@ -88,7 +97,7 @@ class ReplicaSupervisor:
         try:
             self._replica.start()
             self._tell("starting")
-            ready = self._await_ready()
+            ready = self._await_ready(self._replica)
         except TideError as error:
             self.state.error = str(error)
             log.error("%s", error)
@@ -98,21 +107,65 @@ class ReplicaSupervisor:
             self._was_ready = True
             self._tell("ready")
             while self._replica.returncode() is None and not self._stop.wait(POLL_S):
-                pass
+                if (wanted := self._wanted()) > self._tried:
+                    self._tried = wanted
+                    self._succeed(wanted)
         if not self._stop.is_set():
             self.state.error = f"tritonserver ended with code {self._replica.returncode()}"
             log.error("%s, see %s", self.state.error, self._replica.log)
             self._replica.clean_up()
         return ready
 
-    def _await_ready(self) -> bool:
+    def _wanted(self) -> int:
+        """Number of the deployment that the server can't change to; 0 for none."""
+        seen = read_observed(self._config.state.observed, self._config.target).get(self._replica.replica)
+        return seen.needs_restart if seen is not None else 0
+
+    def _succeed(self, wanted: int) -> None:
+        """A new server for that deployment."""
+        log.info("deployment %d needs a new server (%s)", wanted, self._config.serve.draft_swap)
+        old, beside = self._replica, self._config.serve.draft_swap != "restart"
+        stack = replace(self._config.stack, triton_http_port=0, triton_grpc_port=0, triton_metrics_port=0)
+        new = TritonReplica(replace(self._config, stack=stack) if beside else self._config, self._config_file, replica=old.replica)
+        if not beside:
+            old.stop()
+        try:
+            new.start()
+            ready = self._await_ready(new)
+        except TideError as error:
+            self._tell(self.state.state, str(error))
+            log.error("no successor for deployment %d: %s", wanted, error)
+            ready = False
+        if beside and not ready:
+            new.stop()
+            return
+        self._replica = new                        # one that replaces it in its place and does not get ready is started again by `run`
+        self.state.successions += 1
+        self._tell("ready" if ready else "restarting")
+        if beside:
+            self._tell_front()
+            self._stop.wait(2 * READ_S)            # until the front has read it; Triton then ends what is in flight
+            old.stop()
+
+    def _tell_front(self) -> None:
+        """Requests go to the new address."""
+        if self._replicas_file is None:
+            return
+        try:
+            write_replicas(self._replicas_file, [replace(spec, url=self.state.http_url) if spec.name == self._replica.replica else spec
+                                                 for spec in read_replicas(self._replicas_file)])
+        except (OSError, TideError) as error:
+            self._tell(self.state.state, f"the front was not told of the new server: {error}")
+            log.error("%s", self.state.error)
+
+    def _await_ready(self, replica: TritonReplica) -> bool:
         """As `wait_ready`, but gives way to `stop`."""
         gives_up = time.monotonic() + self._config.stack.start_timeout_s
         while not self._stop.is_set():
-            if self._replica.is_ready():
+            if replica.is_ready():
                 return True
-            if self._replica.returncode() is not None or time.monotonic() > gives_up:
-                self._replica.wait_ready(0.0)          # raises, with what the log says
+            if replica.returncode() is not None or time.monotonic() > gives_up:
+                replica.wait_ready(0.0)                # raises, with what the log says
             time.sleep(POLL_S / 2)
         return False
 
@@ -133,10 +186,12 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="settings, as recipes.freeze writes them")
     parser.add_argument("--state-file", type=Path, required=True, help="where to tell pids, addresses and restarts (JSON)")
     parser.add_argument("--replica", default="", help="name in the deployment record (default: serve.replica)")
+    parser.add_argument("--replicas-file", type=Path, help="the front's: its entry of this replica follows a server that takes over")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        supervisor = ReplicaSupervisor(override(TideConfig(), load_toml(args.config)), args.config, args.state_file, args.replica)
+        supervisor = ReplicaSupervisor(override(TideConfig(), load_toml(args.config)), args.config, args.state_file, args.replica,
+                                       args.replicas_file)
     except TideError as error:
         sys.stderr.write(f"{error}\n")
         return 2

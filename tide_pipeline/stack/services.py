@@ -99,7 +99,7 @@ def mlflow_server(place: Place) -> Service:
 
 def replica(place: Place) -> Service:
     return _service(place, "replica", "tide_pipeline.serve.supervisor", "--config", str(place.config_file),
-                    "--state-file", str(place.replica_state_file), nice=0)
+                    "--state-file", str(place.replica_state_file), "--replicas-file", str(place.replicas_file), nice=0)
 
 
 def front(place: Place) -> Service:

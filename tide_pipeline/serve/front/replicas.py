@@ -5,8 +5,10 @@ Told by a JSON file that is replaced whole (`write_replicas`) and read again whe
     {"replicas": [{"name": "replica-0", "url": "http://127.0.0.1:8000", "weight": 1.0, "drain": false}, ...]}
 
 `weight` (1.0 unless given) is a replica's share of new requests, `drain` (false unless given) ends them; those in flight go on, and
-/front/status tells when `in_flight` is 0. A replica that is gone from the file finishes what it has. A file that is missing or wrong
-changes nothing: the last good one holds, and /front/status says what is wrong.
+/front/status tells when `in_flight` is 0. `best_until` (0, none, unless given) is for replicas that speculate at every batch size: they
+come first while fewer requests are in flight there, and what is more goes to replicas without it (docs/trtllm.md). A replica that is gone
+from the file finishes what it has. A file that is missing or wrong changes nothing: the last good one holds, and /front/status says what
+is wrong.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class ReplicaSpec:
     url: str
     weight: float = 1.0
     drain: bool = False
+    best_until: int = 0            # with fewer requests in flight it is the better choice than a replica without this
 
     @property
     def address(self) -> tuple[str, int]:
@@ -118,7 +121,7 @@ class Fleet:
         able = [replica for replica in self.replicas.values() if replica.takes_requests and replica not in tried]
         if not able:
             return None
-        chosen = min(able, key=lambda replica: (replica.in_flight / replica.spec.weight, max(replica.turn, self._clock)))
+        chosen = min(preferred(able), key=lambda replica: (replica.in_flight / replica.spec.weight, max(replica.turn, self._clock)))
         self._clock = max(chosen.turn, self._clock)
         chosen.turn = self._clock + 1 / chosen.spec.weight
         return chosen
@@ -183,6 +186,12 @@ class Fleet:
         self.error = error
 
 
+def preferred(able: list[Replica]) -> list[Replica]:
+    """By load: speculation pays up to a batch size. Then plain replicas, and where there are none, all."""
+    within = [replica for replica in able if replica.in_flight < replica.spec.best_until]
+    return within or [replica for replica in able if not replica.spec.best_until] or able
+
+
 def write_replicas(file: Path, replicas: Iterable[ReplicaSpec]) -> None:
     """Replace the file. Raises SettingsError rather than write what the front would refuse."""
     specs = list(replicas)
@@ -216,6 +225,8 @@ def _check(specs: list[ReplicaSpec], where: str) -> None:
             raise SettingsError(f"{where}: {spec.name} needs a url such as http://127.0.0.1:8000, got {spec.url!r}")
         if not 0 <= spec.weight <= 1e6:                    # NaN too
             raise SettingsError(f"{where}: the weight of {spec.name} must be from 0 to 1000000, got {spec.weight}")
+        if spec.best_until < 0:
+            raise SettingsError(f"{where}: best_until of {spec.name} must be 0 (none) or more, got {spec.best_until}")
 
 
 async def is_ready(spec: ReplicaSpec) -> bool:

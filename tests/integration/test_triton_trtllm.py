@@ -1,0 +1,165 @@
+"""The real Triton server on the TensorRT-LLM backend, with the stand-in on PYTHONPATH: what clients of the embedded engine see, the lake,
+and a rollout in which a new server takes over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import ask
+from tests.integration.test_rollout import passed
+from tests.integration.test_triton import (  # noqa: F401 the same tests, of this module's server
+    state_of,
+    supervise,
+    test_a_client_that_disconnects_frees_its_slot,
+    test_a_deadline_ends_the_request_with_what_there_is,
+    test_a_full_queue_is_503_and_serving_goes_on,
+    test_a_running_request_is_cancelled_by_its_id,
+    test_bad_requests_are_400,
+    test_clients_that_leave_without_streaming_free_their_slots_by_their_deadline,
+    test_management_endpoints_are_closed,
+    test_nothing_of_a_prompt_is_logged,
+    test_raw_generate_looks_like_tensorrt_llms,
+    test_ready_and_generating_without_a_record,
+    test_stream_sends_steps_and_ends_with_the_totals,
+    test_what_a_request_waited_before_triton_counts,
+    test_wrong_types_are_refused_by_triton_itself,
+)
+from tests.integration.test_triton import test_the_document_lists_what_is_published as check_the_document
+from tests.serving import Place, plain_text, until, value
+from tests.trtllm import KnownNetwork, write_trtllm_place
+from tests.trtllm_stand_in import write_stand_in
+from tide_pipeline.capture.reader import list_windows, read_states
+from tide_pipeline.config import override
+from tide_pipeline.contracts import GenerationRequest
+from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.recipes import freeze
+from tide_pipeline.rollout.promote import promote
+from tide_pipeline.serve.client import TritonClient
+from tide_pipeline.serve.process import group_members
+from tide_pipeline.serve.triton import TritonReplica
+
+SERVE = {"serve": {"max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2},
+         "capture": {"mode": "on", "flush_s": 0.2}, "rollout": {"bake_s": 1.0, "min_bake_steps": 10, "max_bake_s": 240.0}}
+
+
+@pytest.fixture(scope="module")
+def on_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """tensorrt_llm 1.3 for every process that this one starts; not for this one."""
+    folder = tmp_path_factory.mktemp("path")
+    write_stand_in(folder, "1.3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return write_trtllm_place(tmp_path_factory.mktemp("triton"), "1.3", SERVE)
+
+
+@pytest.fixture(scope="module")
+def replica(place: Place, on_path: None) -> Iterator[TritonReplica]:
+    """Without a deployment record, so without a draft."""
+    with TritonReplica(place.config, place.config_file) as running:
+        yield running
+
+
+@pytest.fixture
+def client(replica: TritonReplica) -> TritonClient:
+    return replica.client
+
+
+def test_states_reach_the_lake_bit_for_bit(tmp_path: Path, on_path: None) -> None:
+    place = write_trtllm_place(tmp_path, "1.3", SERVE)
+    place.deploy({"*": place.build("v1-one").build_id})
+    requests = [ask(f"lake-{i}", f"prompt {i} of several {'and more ' * i}", max_tokens=12 + 9 * i, ignore_eos=True) for i in range(5)]
+    with TritonReplica(place.config, place.config_file) as replica:
+        results = [replica.client.generate(request) for request in requests]
+        check_the_document(replica.client)
+        until(lambda: value(replica.client.metrics(), "tide_captured_tokens_total") > 0)
+        metrics = replica.client.metrics()
+    assert value(metrics, "tide_capture_faults_total") == 0 and value(metrics, "tide_first_position_rate", "v1-one") > 0
+    codec, known = TextCodec(place.config.engine_dir / "target"), KnownNetwork(place)
+    found = {window.request_id: states for window, states in read(place)}
+    assert found.keys() == {request.request_id for request in requests}
+    for request, result in zip(requests, results, strict=True):
+        states, prompt = found[request.request_id], codec.encode(request.prompt)
+        text = [*prompt, *known.continuation(prompt, request.sampling.max_tokens, ends=False)]
+        start = states.window.start_pos
+        assert result.text == plain_text(place, request) and result.draft_version == states.window.draft_version == "v1-one"
+        assert states.token_ids.tolist() == text[start:] and states.final_TD is None
+        assert torch.equal(states.taps_TG, known.states(text[:-1], start)) and len(states.rejected_R2) > 0
+
+
+def read(place: Place):  # type: ignore[no-untyped-def]
+    return read_states(list_windows(place.config.state.signals, "tiny").windows)
+
+
+def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path: Path, on_path: None) -> None:
+    place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
+    first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
+    place.deploy({"*": first.build_id})
+    supervisor, done, failures, versions = supervise(place, file), threading.Event(), list[Exception](), list[str]()
+
+    def load() -> None:
+        """As behind a front: to where the replica is now."""
+        number = 0
+        while not done.is_set():
+            number += 1
+            try:
+                request = GenerationRequest(f"load-{number}", "hello world", ask("", "", max_tokens=24, ignore_eos=True).sampling)
+                result = TritonClient(state_of(file)["http_url"], "tiny").generate(request)
+                assert result.num_output_tokens == 24
+                versions.append(result.draft_version)
+            except Exception as error:
+                failures.append(error)
+
+    try:
+        until(lambda: state_of(file).get("state") == "ready", 240)
+        before = state_of(file)
+        worker = threading.Thread(target=load)
+        worker.start()
+        until(lambda: len(versions) >= 3, 120)
+        deployment = promote(place.config, second, passed(second), who="test", reason="a new draft")
+        until(lambda: versions[-1] == "v2-two", 120)
+        done.set()
+        worker.join()
+        after, seen = state_of(file), read_observed(place.config.state.observed, "tiny")["replica-0"]
+        assert deployment.stage == "stable" and (seen.drafts, seen.needs_restart, seen.error) == ({"*": second.build_id}, 0, "")
+        assert not failures and set(versions) == {"v1-one", "v2-two"} and versions == sorted(versions)
+        assert after["successions"] == 1 and after["restarts"] == 0 and after["triton_pid"] != before["triton_pid"]
+        until(lambda: not group_members(before["triton_pid"]), 60)
+    finally:
+        done.set()
+        supervisor.terminate()
+        supervisor.wait(60)
+        supervisor.communicate()
+
+
+def test_a_successor_that_does_not_load_leaves_the_old_server(tmp_path: Path, on_path: None) -> None:
+    """Its settings name a TensorRT-LLM argument that there is none of: the new server ends, the old one goes on."""
+    place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
+    first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
+    place.deploy({"*": first.build_id})
+    supervisor = supervise(place, file)
+    try:
+        until(lambda: state_of(file).get("state") == "ready", 240)
+        before = state_of(file)
+        freeze(override(place.config, {"serve": {"max_batch": 0}}), place.config_file)
+        place.deploy({"*": second.build_id})
+        until(lambda: "ended with code" in state_of(file).get("error", "") or "not ready" in state_of(file).get("error", ""), 240)
+        after = state_of(file)
+        assert (after["state"], after["triton_pid"], after["successions"]) == ("ready", before["triton_pid"], 0)
+        result = TritonClient(after["http_url"], "tiny").generate(ask("still", "hello", max_tokens=5, ignore_eos=True))
+        assert result.draft_version == "v1-one"
+        assert read_observed(place.config.state.observed, "tiny")["replica-0"].needs_restart == 2
+    finally:
+        supervisor.terminate()
+        supervisor.wait(60)
+        supervisor.communicate()
