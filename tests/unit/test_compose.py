@@ -138,7 +138,7 @@ def test_the_secrets_script_writes_what_compose_asks_for(compose: Compose, tmp_p
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and all(os.access(path, os.R_OK) for path in folder.iterdir())
     assert "written" not in subprocess.check_output(["sh", str(script), str(folder)], text=True)
     assert files == {path.name: path.read_text() for path in folder.iterdir()}, "a second run changes nothing"
-    assert "docker/secrets" in (project_root() / ".gitignore").read_text() and "docker/secrets" in (project_root() / ".dockerignore").read_text()
+    assert all("docker/secrets" in (project_root() / name).read_text() for name in (".gitignore", ".dockerignore"))
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:

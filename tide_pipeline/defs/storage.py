@@ -35,7 +35,8 @@ class ChosenStorage(DagsterStorage, ConfigurableClass):
         try:
             from dagster_postgres import DagsterPostgresStorage
         except ImportError as error:
-            raise SettingsError(f"{POSTGRES_URL} is set, but there is no dagster-postgres: pip install 'tide-pipeline[production]'") from error
+            raise SettingsError(f"{POSTGRES_URL} is set, but dagster-postgres is not installed: "
+                                "pip install 'tide-pipeline[production]'") from error
         chosen: DagsterStorage = DagsterPostgresStorage.from_config_value(inst_data, {"postgres_url": with_driver(url)})
         return chosen
 
