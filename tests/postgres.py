@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-WHERE = ("/usr/lib/postgresql", "/usr/pgsql-*")
-
 
 @dataclass(frozen=True)
 class Server:
@@ -58,8 +56,9 @@ def server(password: str) -> Iterator[Server]:
         subprocess.run([str(bin_dir / "initdb"), "-D", str(folder / "data"), "-U", "postgres", "--no-sync", "--auth-local=trust",
                         "--auth-host=scram-sha-256", f"--pwfile={folder / 'password'}"], user=user, cwd=folder, check=True,
                        capture_output=True, timeout=300)
-        process = subprocess.Popen([str(bin_dir / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k",
-                                    str(folder), "-c", "fsync=off"], user=user, cwd=folder, stderr=(folder / "log").open("wb"))
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([str(bin_dir / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k",
+                                        str(folder), "-c", "fsync=off"], user=user, cwd=folder, stderr=log)
         gives_up = time.monotonic() + 300
         while subprocess.run([str(bin_dir / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode:
             assert process.poll() is None and time.monotonic() < gives_up, (folder / "log").read_text()

@@ -38,6 +38,8 @@ pytestmark = pytest.mark.e2e           # about a minute on a quiet machine
 PORTS = {"triton": (8000, 8001, 8002), "front": (8000,), "mlflow": (5000,), "dagster-code": (4000,), "dagster-web": (3000,),
          "prometheus": (9090,), "postgres": (5432,)}
 FOREIGN = {"storage", "grafana", "postgres"}       # their images' programs; postgres is started by tests/postgres.py
+INSTEAD = {"/run/secrets": "secrets", "/etc/tide": "etc", "/tmp": "tmp", "/state": "state"}
+PLACES = re.compile(rf"(?<![\w/.])({'|'.join([*INSTEAD, '/app'])})(?=[/\"']|$)", re.M)
 TIMEOUT_S = 400.0
 
 
@@ -54,19 +56,16 @@ class Place:
 
     def words(self, text: str, owner: str = "") -> str:
         """As the container's, rewritten for here. Bare port numbers are those of `owner`."""
-        text = interpolated(text).replace("http://storage:9000", self.storage_url)
+        text = PLACES.sub(lambda match: str(self.folder / INSTEAD[match[0]] if match[0] in INSTEAD else project_root()), interpolated(text))
+        text = text.replace("http://storage:9000", self.storage_url)
         if self.database is None:
             text = re.sub(r"postgresql\+psycopg2://\S+", f"sqlite:///{self.folder}/mlflow.db", text)
             text = re.sub(r"postgresql://\S+", "", text)
-        for place, there in (("/run/secrets/", "secrets"), ("/etc/tide/", "etc"), ("/tmp/", "tmp"), ("/state", "state")):
-            text = re.sub(rf"(?<![\w/]){place.rstrip('/')}(?![\w-])", str(self.folder / there), text)
-        text = re.sub(r"(?<![\w/])/app(?=[/\"']|$)", str(project_root()), text)
         for (name, port), here in self.ports.items():
             known = name if "allowed-hosts" in text else "127.0.0.1"
             text = re.sub(rf"\b{name}:{port}\b", f"{known}:{here}", text)
             if name == owner:
                 text = re.sub(rf"(?<=[:=]){port}\b|^{port}$|(?<=_port = ){port}\b", str(here), text, flags=re.M)
-        text = re.sub(rf"^({'|'.join(PORTS)})$", "127.0.0.1", text)
         return text.replace("0.0.0.0", "127.0.0.1").replace('"cuda"', '"cpu"')
 
     def environment(self, name: str) -> dict[str, str]:
@@ -76,6 +75,7 @@ class Place:
         values |= self.compose["services"][name].get("environment", {})
         owner = "dagster-code" if "TIDE_DAGSTER_CODE_PORT" in values else name
         ours = {key: self.words(str(value), owner) for key, value in values.items()}
+        ours |= {key: "127.0.0.1" for key in ours if key.endswith("_HOST")}
         return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "HOME": str(self.folder),
                 "PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1", **ours}
 
@@ -164,7 +164,8 @@ def make_databases(place: Place) -> None:
     """docker/postgres/databases.sh, as the image runs it: as superuser, over the socket, which asks for no password."""
     assert place.database is not None
     script = place.folder / "databases.sh"
-    script.write_text(place.words((project_root() / "docker" / "postgres" / "databases.sh").read_text()))
+    text = (project_root() / "docker" / "postgres" / "databases.sh").read_text()
+    script.write_text(text.replace("/run/secrets", str(place.folder / "secrets")))
     environment = {"PATH": os.environ["PATH"], "POSTGRES_USER": "postgres", "PGHOST": str(place.database.folder),
                    "PGPORT": str(place.database.port)}
     subprocess.run(["sh", str(script)], env=environment, check=True, timeout=120)
@@ -205,7 +206,7 @@ def test_the_gpu_profile_without_docker(place: Place) -> None:
     if shutil.which("prometheus") and shutil.which("promtool"):
         check_prometheus(place)
     place.stop()
-    assert {name: process.returncode for name, process in place.started.items() if process.returncode not in (0, -15)} == {}
+    assert [name for name, process in place.started.items() if process.returncode == -signal.SIGKILL] == [], "each ends when it is told"
     assert not any(place.is_healthy(name) for name in ("mlflow", "triton", "front", "dagster-code", "dagster-web"))
 
 

@@ -85,7 +85,7 @@ def time_bucket(store: Store, size: int) -> tuple[float, float]:
     """Bytes a second there and back, as the writer and the trainer go. Raises OSError."""
     data = os.urandom(size)
     began = time.monotonic()
-    stored = store.put_bytes(f"_doctor/{uuid.uuid4().hex}", data)
+    stored = store.put_bytes(f"_doctor-{uuid.uuid4().hex}", data)
     sent = time.monotonic()
     try:
         back = store.read_bytes(stored.key)
