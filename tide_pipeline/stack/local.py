@@ -220,7 +220,7 @@ def _place(config: TideConfig, definitions: str) -> Place:
     recipes.freeze(chosen, file)
     place = Place(chosen, file, secrets.token_hex(8), definitions)
     lines = [f"export {name}={shlex.quote(value)}" for name, value in place.shell_environment().items()]
-    write_atomic(config.state.root / "env.sh", ("\n".join(lines) + "\n").encode())
+    write_atomic(config.state.root / "env.sh", ("\n".join(lines) + "\n").encode(), mode=0o600)
     if not services.workspace_file().is_file():
         raise StackError(f"{services.workspace_file()} is missing: run from a checkout, or set TIDE_PROJECT_ROOT to one ({project_root()})")
     return place

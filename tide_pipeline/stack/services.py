@@ -26,6 +26,7 @@ DEFINITIONS = "tide_pipeline.definitions"
 LOCATION = "tide_pipeline"
 REGISTERED = "the shipped draft is registered"
 STORED = "the storage is there"
+ELSEWHERE = ("TIDE_DAGSTER_POSTGRES_URL", "PGPASSWORD")      # whoever launches a run must find the storage of the running stack
 POLITE = 10                        # niceness of everything that is not serving
 QUIET_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -69,7 +70,8 @@ class Place:
     def shell_environment(self) -> dict[str, str]:
         """What a command needs to talk to this stack: written to <state>/env.sh."""
         s, state = self.config.stack, self.config.state
-        return {"TIDE_CONFIG": str(self.config_file), "TIDE_PROJECT_ROOT": str(project_root()),
+        elsewhere = {name: os.environ[name] for name in ELSEWHERE if os.environ.get(name)}
+        return {**elsewhere, "TIDE_CONFIG": str(self.config_file), "TIDE_PROJECT_ROOT": str(project_root()),
                 "TIDE_MLFLOW_URI": self.urls["mlflow"], "MLFLOW_TRACKING_URI": self.urls["mlflow"],
                 "DAGSTER_HOME": str(dagster_home()), "TIDE_DAGSTER_DIR": str(state.dagster),
                 "TIDE_DAGSTER_LOGS": str(state.dagster / "logs"), "TIDE_DAGSTER_CODE_HOST": self.near,
@@ -117,9 +119,8 @@ def registrar(place: Place) -> Service:
 
 
 def dagster_storage(place: Place) -> Service:
-    """Ends by itself: Dagster's SQLite files, whole, before two processes would create them at once and break them."""
-    code = ("from dagster import DagsterInstance; i = DagsterInstance.get(); i.get_runs(limit=1); i.all_instigator_state(); "
-            f"i.event_log_storage.get_maximum_record_id(); i.dispose(); print({STORED!r})")
+    """Ends by itself: Dagster's tables, whole, before two processes would create them at once and break them."""
+    code = f"from tide_pipeline.stack.prepare import make_dagster_storage; make_dagster_storage(); print({STORED!r})"
     return Service("dagster_storage", [sys.executable, "-c", code], place.environment(), place.config.state.logs / "dagster_storage.log",
                    POLITE)
 
