@@ -51,10 +51,16 @@ class TimeIsUp(Exception):
 
 
 def open_model(folder: Path, attention: str) -> Eagle3DraftModel:
-    """In fp32, as a draft that they begin from scratch."""
+    """In fp32, as a draft that they begin from scratch.
+
+    A checkpoint without embeddings, as their own converter writes it, comes up with embeddings of zero under transformers 5: the NaN that
+    marks them as missing does not outlive its loading. So they are asked to load the target's again.
+    """
     config = Eagle3DraftModel.config_class.from_pretrained(folder)
     config.transformer_layer_config._attn_implementation = attention
-    return Eagle3DraftModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = Eagle3DraftModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    model._load_verifier_weights(overwrite_embed_tokens=True)
+    return model
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,8 +110,20 @@ def first_line(run: Any) -> str:
     return ""
 
 
+class TimedDataset(ArrowDataset):
+    """Theirs, and how long reading took."""
+
+    read_s = 0.0
+
+    def __getitem__(self, index: int) -> Any:
+        began = time.perf_counter()
+        found = super().__getitem__(index)
+        self.read_s += time.perf_counter() - began
+        return found
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    data = ArrowDataset(max_len=args.length, datapath=args.data, on_missing="raise")
+    data = TimedDataset(max_len=args.length, datapath=args.data, on_missing="raise")
     model = open_model(args.draft, args.attention)
     loader = _setup_dataloader(data, args.length, model.hidden_size, num_workers=0, preprocess=shift_batch, seed=args.seed)
     keywords, _ = Eagle3DraftModel.get_trainer_kwargs(loss_fn=args.loss, loss_implementation="eager", ttt_steps=args.depths,
@@ -121,16 +139,17 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             trainer.train_epoch(epoch, step_callback=steps.after)
     except TimeIsUp:
         pass
-    spent = time.monotonic() - steps.began
+    spent = steps.busy_s if args.blocks else time.monotonic() - steps.began
     model.save_pretrained(args.out)
-    return {"steps": steps.done, "rows": steps.rows, "train_s": round(spent, 2), "padded_rows": steps.padded}
+    return {"steps": steps.done, "rows": steps.rows, "padded_rows": steps.padded, "train_s": round(spent, 2),
+            "read_s": round(data.read_s, 2)}
 
 
 class Steps:
     """Counts, and decides after each step whether there is another one."""
 
     def __init__(self, model: Eagle3DraftModel, args: argparse.Namespace) -> None:
-        self.args, self.done, self.rows, self.padded, self.left = args, 0, 0, 0, 0
+        self.args, self.done, self.rows, self.padded, self.left, self.busy_s = args, 0, 0, 0, 0, 0.0
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def begin(self) -> None:
@@ -156,6 +175,7 @@ class Steps:
             return
         self.left -= 1
         if self.left == 0:
+            self.busy_s += time.perf_counter() - self.at[0]
             print(json.dumps({"wall_s": time.perf_counter() - self.at[0], "cpu_s": time.thread_time() - self.at[1],
                               "units": self.rows - self.at[2]}), file=self.args.answers, flush=True)
             self.wait()
