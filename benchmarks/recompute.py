@@ -9,6 +9,7 @@
 All sides draw the same batches of the same captured windows and make the same updates to drafts of their own. A window's tokens are run
 from its beginning to the last row that the step needs. The target is opened twice, as the engine serves it (fp32 inputs, 16-bit weights)
 and as it was trained (bf16 autocast); the comparison takes whichever is faster here. Units are token rows of the draft's batch.
+Fresh states go through host memory, where batches are packed: on a GPU a trainer could keep them there; the way is in that side's time.
 """
 
 from __future__ import annotations
