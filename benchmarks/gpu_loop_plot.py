@@ -25,7 +25,6 @@ def draw(result: Mapping[str, Any]) -> Figure:
     domains = list(next(iter(lengths.values())))
     bars(left, domains, {name: [of[domain] for domain in domains] for name, of in lengths.items()})
     left.set_title("acceptance length, 3 drafted tokens")
-    left.set_ylim(bottom=1.0)
     serving = result["serving"]
     bars(middle, [f"batch {cell['batch']}" for cell in serving],
          {name: [cell["tokens_per_s"][name] / cell["tokens_per_s"]["off"] for cell in serving] for name in serving[0]["tokens_per_s"]})
@@ -47,7 +46,9 @@ def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[float]
         axes.bar_label(made, fmt="{:,.2f}" if max(values) < 100 else "{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(groups)), groups)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, low + 1.35 * (high - low))                    # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=len(series), loc="upper center")
 
 
 def main() -> None:

@@ -7,12 +7,16 @@ writes them to .work/corpus (never committed; 37 MB). `shipped_text` makes a tin
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pocket_recipe import DOMAIN_TOKENS, DOMAINS, END_OF_TEXT, TargetSchedule, TargetShape, export_target, train_target
 from tokenizers import Tokenizer
+
+from tide_pipeline.workloads.prompts import domain_prompts
 
 ENGINE = "loop"
 PROMPT_TOKENS = (56, 104)
@@ -53,7 +57,7 @@ def shipped_text(pocket_dir: Path, folder: Path) -> None:
     end = tokenizer.token_to_id(END_OF_TEXT)
     folder.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
-        texts = [json.loads(line)["prompt"] for line in (pocket_dir / "prompts" / f"{domain}.jsonl").open(encoding="utf-8")]
+        texts = [prompt.text for prompt in domain_prompts(pocket_dir, domain)]
         opening = tokenizer.token_to_id(DOMAIN_TOKENS[domain])
         pieces = [[opening, *encoding.ids, end] for encoding in tokenizer.encode_batch(texts)]
         for split, chosen in (("heldout", pieces[::HELD_OUT]), ("train", [p for i, p in enumerate(pieces) if i % HELD_OUT])):
@@ -67,7 +71,8 @@ def make_engine(pocket_dir: Path, corpus: Path, engines_dir: Path, size: Size, d
         raise FileNotFoundError(f"{corpus} lacks {', '.join(missing)}: make them with `python engines/pocket/make.py corpus tokenizer`, "
                                 "and carry the .npy files to this machine")
     work, folder = engines_dir / "work", engines_dir / ENGINE
-    train_target(corpus, work, size.plan, size.shape, device=device, compiled_steps=size.compiled)
+    with redirect_stdout(sys.stderr):                            # its progress; stdout is the result's
+        train_target(corpus, work, size.plan, size.shape, device=device, compiled_steps=size.compiled)
     export_target(work / "target.safetensors", pocket_dir / "target" / "tokenizer.json", folder / "target", size.shape)
     (folder / "engine.toml").write_text(
         f'name = "{ENGINE}"\nbackend = "embedded"\nmodel = "target"\nrevision = "1"\ncapture_layers = {list(size.captured)}\n'
