@@ -98,12 +98,13 @@ def measure_steps(target: Target, rows: Sequence[int], bandwidth: float, repeats
 class CaptureBench:
     """An engine over the target, and a sink that records or not."""
 
-    def __init__(self, target: Target, folder: Path, device: str, max_batch: int, max_context: int) -> None:
+    def __init__(self, target: Target, folder: Path, device: str, max_batch: int, max_context: int, spec: EngineSpec | None = None) -> None:
+        """`spec` is the target's; without one it is a random target's."""
         write_byte_tokenizer(folder)
         self.recorder = Recorder(CaptureSettings(mode="on", max_bytes_per_hour=10**12), "random", folder / "lake", "bench")
         self.switch = Switch({RECORDING: self.recorder, OFF: NullSink()})
         serve = ServeSettings(device, max_batch=max_batch, queue_size=1_000)
-        spec = spec_of(target.shape.layers, max_context)
+        spec = spec or spec_of(target.shape.layers, max_context)
         self.engine = EmbeddedEngine(folder, spec, serve, settings().speculation, self.switch, target)
         if self.engine.cache.static is not None:
             self.engine.cache.static.warm(self.engine.cache, max_batch, max_context)

@@ -21,6 +21,7 @@ from tide_pipeline.errors import CheckpointError, EngineMismatch
 from tide_pipeline.models.eagle3 import DraftShape, Eagle3Draft
 from tide_pipeline.models.families import TargetShape
 from tide_pipeline.models.layers import Heads
+from tide_pipeline.models.speculators import as_eagle3, is_speculators, renamed
 from tide_pipeline.provenance import birth_certificate, digest_files, write_atomic, write_json
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -136,6 +137,8 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no draft checkpoint: config.json missing") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder}/config.json is not JSON: {error}") from error
+    if is_speculators(config):
+        return as_eagle3(config, ARCHITECTURE)
     if config.get("architectures") != [ARCHITECTURE] or "draft_vocab_size" not in config:
         raise CheckpointError(f"{folder} is not an EAGLE-3 draft: architectures must be [{ARCHITECTURE!r}] and draft_vocab_size set")
     return config
@@ -144,6 +147,6 @@ def _config(folder: Path) -> dict[str, Any]:
 def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.float() if tensor.is_floating_point() else tensor
-                for name, tensor in load_file(folder / "model.safetensors").items()}
+                for name, tensor in renamed(load_file(folder / "model.safetensors")).items()}
     except (FileNotFoundError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}/model.safetensors can't be read ({error}): fetch the draft again from the registry") from error

@@ -66,7 +66,7 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
         return read_checkpoint(out_dir)
     reader = window_reader(config)
     look = _look(config, workload, head, reader, out_dir, facts, team)
-    draft = _start(champion, head, look, settings)
+    draft = first_draft(champion, head, look, settings)
     run = Run(config, workload, out_dir, head.to(team.device), look, reader, draft, team, progress, should_stop,
               {"parent_digest": origin, "focus_since": focus_since})
     run.resume()
@@ -92,7 +92,7 @@ def _look(config: TideConfig, workload: str, head: TargetHead, reader: WindowRea
     return look_again(pinned, head, reader, room_bytes, out_dir)
 
 
-def _start(champion: Path | None, head: TargetHead, look: Look, settings: TrainingSettings) -> Eagle3Draft:
+def first_draft(champion: Path | None, head: TargetHead, look: Look, settings: TrainingSettings) -> Eagle3Draft:
     """The draft to begin with."""
     torch.manual_seed(settings.seed)
     keep = settings.draft_vocab_size

@@ -6,12 +6,13 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import TYPE_CHECKING, Protocol
 
 from tide_pipeline.provenance import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class BarViewer:
     """A live bar, for a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn         # training itself runs where there is no rich
+
         self.bar = Progress(TextColumn("{task.description:<10}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
                             TextColumn("{task.fields[facts]}"), console=console)
         self.task: TaskID | None = None

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,32 +150,35 @@ def optimizers(net: Target, plan: TargetSchedule) -> list[torch.optim.Optimizer]
     return [muon, adam]
 
 
-def train_target(corpus_dir: Path, work_dir: Path, plan: TargetSchedule, shape: TargetShape | None = None, resume: bool = False) -> None:
+def train_target(corpus_dir: Path, work_dir: Path, plan: TargetSchedule, shape: TargetShape | None = None, resume: bool = False,
+                 device: str = "cpu", compiled_steps: bool = True) -> None:
     """Train for `plan.minutes`, log to `target.log.jsonl`, save `target.safetensors` as it goes (bf16).
 
-    `resume` goes on from the saved weights (a new schedule, fresh optimizer state).
+    `resume` goes on from the saved weights (a new schedule, fresh optimizer state). Without `compiled_steps` nothing is compiled, which
+    takes longer than a run of seconds.
     """
+    prepared: Callable[[Target], Any] = torch.compile if compiled_steps else lambda net: net
     s = shape or TargetShape()
     torch.manual_seed(plan.seed)
     train, held = Batches(corpus_dir, "train", plan.seed), Batches(corpus_dir, "heldout", plan.seed + 1)
     work_dir.mkdir(parents=True, exist_ok=True)
     log = (work_dir / "target.log.jsonl").open("a")
-    net = load(work_dir / "target.safetensors", s) if resume else Target(s, plan.depths[0][1])
-    opts, compiled = optimizers(net, plan), torch.compile(net)
+    net = (load(work_dir / "target.safetensors", s) if resume else Target(s, plan.depths[0][1])).to(device)
+    opts, compiled = optimizers(net, plan), prepared(net)
     start, step, seen, saved = time.time(), 0, 0, time.time()
     smooth, step_grown = 0.0, 0
     while (share := (time.time() - start) / (60 * plan.minutes)) < 1.0:
         wanted = max(layers for begins, layers in plan.depths if begins <= share)
         if len(net.model["layers"]) < wanted:
-            net, step_grown = net.grown(wanted), step
-            opts, compiled = optimizers(net, plan), torch.compile(net)
+            net, step_grown = net.grown(wanted).to(device), step
+            opts, compiled = optimizers(net, plan), prepared(net)
         factor = min(1.0, (step - step_grown + 1) / 60, (1.0 - share) / plan.anneal_share)
         for opt, base in zip(opts, (plan.muon_lr, plan.adam_lr), strict=True):
             for group in opt.param_groups:
                 group["lr"] = base * factor
         length = plan.length if share >= 1.0 - plan.anneal_share else plan.start_length
-        ids = train.draw(plan.tokens_per_step // length, length)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = train.draw(plan.tokens_per_step // length, length).to(device)
+        with torch.autocast(ids.device.type, torch.bfloat16):
             logits = compiled(ids[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -200,7 +205,8 @@ def train_target(corpus_dir: Path, work_dir: Path, plan: TargetSchedule, shape: 
 
 def save(net: Target, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().to(torch.bfloat16).contiguous() for k, v in net.state_dict().items()}, temporary, metadata={"format": "pt"})
+    weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in net.state_dict().items()}
+    save_file(weights, temporary, metadata={"format": "pt"})
     temporary.rename(path)
 
 
@@ -217,10 +223,10 @@ def held_out_losses(net: Target, held: Batches, windows: int = 24) -> dict[str, 
     """Nats per token on text from files that no training window came from."""
     out = {}
     for domain in DOMAINS:
-        ids = held.draw(windows, 512, domain)
+        ids = held.draw(windows, 512, domain).to(net.cos.device)
         total = 0.0
         for rows in ids.split(8):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(ids.device.type, torch.bfloat16):
                 logits = net(rows[:, :-1])
             total += F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
         out[domain] = round(total / ids[:, 1:].numel(), 4)
