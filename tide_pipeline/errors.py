@@ -15,6 +15,7 @@ TideError
 ├── RegistryError            MLflow refused, is away, or gave back other bytes
 ├── BuildError               a build is missing, incomplete or altered
 ├── DeploymentConflict       somebody else wrote the deployment record first
+├── RolloutRefused           pinned, held, or no replica to watch: the record stays as it is
 ├── GateNotPassed            promotion was asked for without a passing verdict
 ├── NothingToRollBack        the deployment record holds no earlier state
 └── StackError               a local service did not start, stop or answer
@@ -68,6 +69,9 @@ class BuildError(TideError): ...
 
 
 class DeploymentConflict(TideError): ...
+
+
+class RolloutRefused(TideError): ...
 
 
 class GateNotPassed(TideError): ...

@@ -186,8 +186,8 @@ def test_aliases_follow_what_is_served(config: TideConfig, registry: Registry, c
     draft = registry.register(checkpoint, lineage={})
     build = build_engine(config, Path(checkpoint.path), draft.draft_version, warm_up=False)
     canary = Deployment(1, "tiny", {"rest": {}, "canary": {"*": build.build_id}}, ("a",), "canary", "me", "")
-    assert follow_alias(config, registry, canary) == {}
+    assert follow_alias(config, registry, canary).champions == {}
     stable = Deployment(2, "tiny", {"rest": {"*": build.build_id, "de/docs": build.build_id}}, (), "stable", "me", "")
-    assert follow_alias(config, registry, stable) == {"champion": draft.version, "champion-de-docs": draft.version}
+    assert follow_alias(config, registry, stable).champions == {"champion": draft.version, "champion-de-docs": draft.version}
     assert registry.alias("champion") == registry.alias("champion-de-docs") == draft.version
-    assert follow_alias(config, Registry(registry.uri, "other"), stable) == {}, "a draft nobody registered has no version"
+    assert follow_alias(config, Registry(registry.uri, "other"), stable).champions == {}, "a draft nobody registered has no version"

@@ -166,9 +166,10 @@ def test_a_record_that_is_not_ours_is_not_guessed_at(config: TideConfig) -> None
 def test_children_know_their_stack(config: TideConfig) -> None:
     stack = LocalStack.up(config, parts=())
     place = services.Place(stack.config, Path(stack.record.config_file), stack.record.stack_id)
-    for service in (services.mlflow_server(place), services.replica(place), services.dagster_daemon(place), services.dagster_code(place)):
+    replica = services.replica(place, "replica-0", place.config_file)
+    for service in (services.mlflow_server(place), replica, services.dagster_daemon(place), services.dagster_code(place)):
         assert service.environment["TIDE_STACK_ID"] == stack.record.stack_id
         assert service.environment["TIDE_CONFIG"] == stack.record.config_file
         assert service.environment["OMP_WAIT_POLICY"] == "passive" and service.log.parent == config.state.logs
-    assert services.replica(place).nice == 0 < services.dagster_web(place).nice, "serving comes first"
+    assert replica.nice == 0 < services.dagster_web(place).nice, "serving comes first"
     assert os.environ.get("TIDE_STACK_ID") is None

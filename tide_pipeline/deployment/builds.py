@@ -30,21 +30,32 @@ def save_build(build: EngineBuild) -> None:
     write_json(Path(build.path) / "build.json", {k: v for k, v in dataclasses.asdict(build).items() if k != "path"})
 
 
-def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
-    """Read a build and verify its draft's bytes against the recorded digest. Raises BuildError."""
+def read_build(builds: Path, target: str, build_id: str) -> EngineBuild:
+    """What build.json says; the draft's bytes are not verified. Raises BuildError."""
     folder = build_dir(builds, target, build_id)
     try:
-        build = from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
-        found = digest_files({name: folder / "draft" / name for name in DRAFT_FILES})
+        return from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
     except FileNotFoundError as error:
-        raise BuildError(f"build {build_id} of {target} is missing or incomplete ({error.filename}): "
-                         "make it again with `tide build`") from error
+        raise _missing(build_id, target, error) from error
     except (json.JSONDecodeError, TypeError) as error:
         raise BuildError(f"{folder / 'build.json'} can't be read: {error}") from error
+
+
+def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
+    """Read a build and verify its draft's bytes against the recorded digest. Raises BuildError."""
+    build = read_build(builds, target, build_id)
+    try:
+        found = digest_files({name: Path(build.path) / "draft" / name for name in DRAFT_FILES})
+    except FileNotFoundError as error:
+        raise _missing(build_id, target, error) from error
     if found != build.draft_digest:
         raise BuildError(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
                          "make it again with `tide build`")
     return build
+
+
+def _missing(build_id: str, target: str, error: FileNotFoundError) -> BuildError:
+    return BuildError(f"build {build_id} of {target} is missing or incomplete ({error.filename}): make it again with `tide build`")
 
 
 def list_builds(builds: Path, target: str) -> list[EngineBuild]:
