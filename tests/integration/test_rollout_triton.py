@@ -26,7 +26,7 @@ from tide_pipeline.serve.triton import TritonReplica
 
 NAMES = ("replica-0", "replica-1", "replica-2")
 PROMPTS = ("hello world", "abc abc abc", "the quick brown fox", "zyxw")
-SETTINGS = {"serve": {"max_batch": 4, "agent_poll_s": 0.1, "report_s": 0.2}, "capture": {"mode": "off", "flush_s": 0.2},
+SETTINGS = {"serve": {"max_batch": 4, "agent_poll_s": 0.1, "report_s": 0.2}, "capture": {"mode": "off", "flush_s": 0.5},
             "rollout": {"bake_s": 1.0, "max_bake_s": 45.0, "min_bake_steps": 60, "max_drop": 0.15, "step_s": 0.3, "heartbeat_s": 30.0}}
 
 
