@@ -42,12 +42,6 @@ def approve_proposal(context: dg.OpExecutionContext, config: ApprovalConfig, tid
     return done.n
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft"},
-        description="Mode propose: the click that rolls out what was proposed.")
-def approve_rollout() -> None:
-    follow_champion(approve_proposal())
-
-
 class RollbackConfig(dg.Config):
     """Why the last rollout is undone."""
 
@@ -72,6 +66,12 @@ def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideR
     latest = DeploymentRecord(config.state.deployments, config.target).latest()
     if latest is not None:
         context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
+
+
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft"},
+        description="Mode propose: the click that rolls out what was proposed.")
+def approve_rollout() -> None:
+    follow_champion(approve_proposal())
 
 
 @dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: "launched by hand"},

@@ -12,7 +12,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.defs.jobs import MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft, approve_rollout, judge_challenger
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import RegistryError
+from tide_pipeline.errors import BuildError, RegistryError
 
 if TYPE_CHECKING:
     from tide_pipeline.rollout.drive import Driver
@@ -49,8 +49,8 @@ def alias_sensor(tide: TideResource) -> dg.SensorResult:
     registry = open_registry(config)
     try:
         followed, asked = follow_alias(config, registry, latest), waiting_request(registry)
-    except RegistryError as error:
-        return dg.SensorResult(skip_reason=f"MLflow can't be asked, again in 30 s: {error}")
+    except (RegistryError, BuildError) as error:
+        return dg.SensorResult(skip_reason=f"aliases were not looked at, again in 30 s: {error}")
     told = "; ".join([*(f"{alias} was moved to version {version}: put back" for alias, version in followed.requested.items()),
                       *(f"{alias} was moved and refused: {why}" for alias, why in followed.refused.items())])
     if asked is None:
