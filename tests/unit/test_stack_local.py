@@ -173,3 +173,17 @@ def test_children_know_their_stack(config: TideConfig) -> None:
         assert service.environment["OMP_WAIT_POLICY"] == "passive" and service.log.parent == config.state.logs
     assert replica.nice == 0 < services.dagster_web(place).nice, "serving comes first"
     assert os.environ.get("TIDE_STACK_ID") is None
+
+
+def test_further_replicas_have_settings_and_ports_of_their_own(config: TideConfig) -> None:
+    place = local._place(override(config, {"serve": {"replicas": 3}}), "any")
+    starter = local._Starter(place, lambda line: None, bound=False)
+    urls = starter._urls()
+    assert len(set(urls)) == 3 and urls[0] == place.urls["triton_replica"]
+    assert starter._settings_of("replica-0") == place.config_file
+    for name, url in zip(("replica-1", "replica-2"), urls[1:], strict=True):
+        found = override(TideConfig(), load_toml(starter._settings_of(name)))
+        assert found.serve.replica == name and url.endswith(f":{found.stack.triton_http_port}")
+        assert found.stack.front_port == place.config.stack.front_port, "the rest is the stack's"
+        service = services.replica(place, name, starter._settings_of(name))
+        assert service.name == name.replace("-", "_") and service.command[-1] == name
