@@ -223,6 +223,8 @@ def sight(latest: Deployment, evidence: Evidence, age: float, **change: object) 
     (UNCLEAR, 30.0, {}, Kind.WAIT, "drop +0.10"),
     (UNCLEAR, 61.0, {}, Kind.WIDEN, "drop +0.10"),
     (QUIET, 6.0, {}, Kind.WAIT, "no drafted step"),
+    (dataclasses.replace(QUIET, error="no lake"), 99.0, {}, Kind.WAIT, "can't be seen: no lake"),
+    (dataclasses.replace(QUIET, error="no lake"), 99.0, {"at": 1005.0}, Kind.BACK, "stopped reporting"),
     (QUIET, 10.0, {}, Kind.WIDEN, "nothing was compared"),
     (BETTER, 20.0, {"at": 1005.0}, Kind.BACK, "replica-0 stopped reporting"),
     (BETTER, 6.0, {"draft_digests": {"*": "f" * 64}}, Kind.BACK, "digest mismatch: replica-0 serves ffffffffffff as build new1"),

@@ -43,6 +43,7 @@ class Evidence:
     slower: Gap | None = None              # log of the time per token, new over old, at the same time; None for a single replica
     errors: Gap | None = None              # share of requests that ended with an error
     has_traffic: bool = False              # whether the replicas with the new draft answered anything
+    error: str = ""                        # why the log could not be read: nothing goes forward then
 
 
 def judge_bake(evidence: Evidence, settings: RolloutSettings, *, time_is_up: bool = False) -> BakeVerdict:

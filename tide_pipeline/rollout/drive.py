@@ -16,7 +16,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
-from tide_pipeline.errors import BuildError, DeploymentConflict
+from tide_pipeline.errors import BuildError, DeploymentConflict, LakeError
 from tide_pipeline.rollout.bake import Evidence
 from tide_pipeline.rollout.evidence import Watcher
 from tide_pipeline.rollout.history import began_of, is_under_way, new_build_of, workload_of
@@ -24,6 +24,7 @@ from tide_pipeline.rollout.live import Rate
 from tide_pipeline.rollout.plan import Action, Kind, Sight, next_action, record_of
 
 POLL_S = 0.5
+TELL_S = 3.0                       # a bake is told of this often
 Report = Callable[[str], None]
 
 
@@ -49,7 +50,6 @@ class Driver:
         return next_action(latest, self._sight(latest), self.config.rollout)
 
     def advance(self) -> Advanced:
-        """Raises LakeError when the log can't be listed; nothing is written then."""
         latest = self.record.latest()
         action = self.look(latest)
         wanted = record_of(action, latest, self.who, self._title(latest)) if latest is not None else None
@@ -66,13 +66,13 @@ class Driver:
         Raises:
             DeploymentConflict: it was ended by somebody (rollback, abort, another rollout), with their reason.
         """
-        told = ""
+        told, due = "", 0.0
         while True:
             advanced = self.advance()
             latest, action = advanced.deployment, advanced.action
-            if action.reason != told:
+            if action.reason != told and (advanced.wrote or time.monotonic() >= due):
                 progress(f"{action.kind}: {action.reason}" if advanced.wrote else action.reason)
-                told = action.reason
+                told, due = action.reason, time.monotonic() + TELL_S
             if latest is None or not is_under_way(latest) or began_of(latest) != n:
                 return self._end_of(n)
             time.sleep(POLL_S)
@@ -93,7 +93,10 @@ class Driver:
         if latest is None or not is_under_way(latest):
             return Sight({}, {}, Evidence(Rate(0.0, 0.0, 0)), now)
         builds = {build_id for group in latest.groups.values() for build_id in group.values()}
-        evidence = self._watcher.look(latest, self.record.read(began_of(latest)).created_at)
+        try:
+            evidence = self._watcher.look(latest, self.record.read(began_of(latest)).created_at)
+        except LakeError as error:                         # a replica in trouble still takes the draft back
+            evidence = Evidence(Rate(0.0, 0.0, 0), error=str(error))
         return Sight(read_observed(config.state.observed, config.target), self._digests(builds), evidence, now)
 
     def _digests(self, builds: set[str]) -> dict[str, str]:

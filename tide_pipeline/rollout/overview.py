@@ -50,7 +50,6 @@ class Onlooker:
         self._config, self._driver = config, Driver(config, "nobody")
 
     def look(self) -> Overview:
-        """Raises LakeError when the log can't be listed."""
         config, now = self._config, time.time()
         latest = self._driver.record.latest()
         action = self._driver.look(latest)

@@ -56,6 +56,8 @@ def next_action(latest: Deployment | None, sight: Sight, settings: RolloutSettin
     chosen, age = latest.canary_replicas, sight.now - latest.created_at
     if troubles := _troubles(latest, sight, settings):
         return Action(Kind.BACK, "; ".join(troubles))
+    if sight.evidence.error:
+        return Action(Kind.WAIT, f"live traffic can't be seen: {sight.evidence.error}")
     baked = judge_bake(sight.evidence, settings, time_is_up=latest.stage == CANARY and age >= settings.max_bake_s)
     if baked.decision is Decision.WORSE:
         return Action(Kind.BACK, baked.reason)
