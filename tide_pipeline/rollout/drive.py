@@ -8,6 +8,7 @@ Two that advance at once write the same next number: one of them loses, and look
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from tide_pipeline.rollout.live import Rate
 from tide_pipeline.rollout.plan import Action, Kind, Sight, next_action, record_of
 
 POLL_S = 0.5
-TELL_S = 3.0                       # a bake is told of this often
+TELL_S = 3.0                       # what differs in its numbers alone is told this often
+NUMBER = re.compile(r"[-+]?[0-9.]+")
 Report = Callable[[str], None]
 
 
@@ -70,9 +72,10 @@ class Driver:
         while True:
             advanced = self.advance()
             latest, action = advanced.deployment, advanced.action
-            if action.reason != told and (advanced.wrote or time.monotonic() >= due):
+            words = NUMBER.sub("", action.reason)
+            if advanced.wrote or words != told or time.monotonic() >= due:
                 progress(f"{action.kind}: {action.reason}" if advanced.wrote else action.reason)
-                told, due = action.reason, time.monotonic() + TELL_S
+                told, due = words, time.monotonic() + TELL_S
             if latest is None or not is_under_way(latest) or began_of(latest) != n:
                 return self._end_of(n)
             time.sleep(POLL_S)
