@@ -41,7 +41,8 @@ def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> Ti
             shutil.copytree(shipped, engine / "champion")
         (engine / "engine.toml").write_text(ENGINE_TOML.format(champion="champion" if shipped else ""))
     return override(TideConfig(), {"engine": "tiny", "engines_dir": str(root / "engines"), "state_dir": str(root / "state"),
-                                   "rollout": {"bake_s": 0.3, "min_bake_steps": 30, "max_bake_s": 6.0, "heartbeat_s": 2.0}})
+                                   "rollout": {"mode": "auto", "bake_s": 0.3, "min_bake_steps": 30, "max_bake_s": 6.0, "heartbeat_s": 6.0,
+                                               "step_s": 0.2}})
 
 
 class FakeReplica:

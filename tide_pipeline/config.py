@@ -32,9 +32,15 @@ class ServeSettings:
     prefill_chunk: int = 256           # prompt tokens per step
     default_deadline_s: float = 120.0
     replica: str = "replica-0"
+    replicas: int = 1                  # of the local stack, behind one front: replica-0, replica-1, ...
     agent_poll_s: float = 0.5          # how often the draft agent reads the deployment record
     report_s: float = 1.0              # how often observed state is written
     draft_swap: str = "blue_green"     # of trtllm: blue_green, restart or in_place (docs/trtllm.md)
+
+    @property
+    def replica_names(self) -> tuple[str, ...]:
+        """Of the local stack's replicas."""
+        return (self.replica,) if self.replicas <= 1 else tuple(f"replica-{i}" for i in range(self.replicas))
 
 
 @dataclass(frozen=True)
@@ -146,12 +152,20 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Canary, bake and rollback."""
+    """Canary, bake, steps and rollback. The rules are in docs/rollout.md."""
 
-    bake_s: float = 6.0
+    mode: str = "observe"              # observe: judge, train and gate, never deploy; propose: wait for a person's click; auto
+    canaries: int = 1                  # replicas that serve a new draft first; one is left to compare with where there are two
+    bake_s: float = 6.0                # at least
+    max_bake_s: float = 60.0           # at most
     min_bake_steps: int = 30           # drafted steps the canary must have served
-    max_bake_s: float = 60.0
-    max_drop: float = 0.10             # of the canary's acceptance against the gate's figure for the champion
+    min_bake_requests: int = 8         # and requests they were of: steps of one request are alike
+    max_drop: float = 0.10             # of first-position acceptance, against the control replicas at the same time
+    max_slowdown: float = 0.25         # of the time per token
+    max_error_rise: float = 0.02       # of the share of requests that end with an error
+    steps: tuple[float, ...] = (0.25, 0.5, 1.0)    # shares of the replicas that serve it after the bake, one after the other
+    step_s: float = 2.0                # at least, between two of them
+    serve_timeout_s: float = 120.0     # for a replica to serve what it should
     heartbeat_s: float = 10.0          # observed state older than this counts as missing
 
 

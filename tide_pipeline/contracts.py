@@ -298,11 +298,14 @@ class Deployment:
     n: int
     target: str
     groups: dict[str, dict[str, str]]    # "rest" and, during a rollout, "canary": {"*": build_id, "<workload>": build_id}
-    canary_replicas: tuple[str, ...]
-    stage: str                           # "stable", "canary", "rolled_back"
+    canary_replicas: tuple[str, ...]     # all that serve the new drafts: the canaries, and more with every step
+    stage: str                           # "proposed", "canary", "rolling", "stable", "rolled_back"
     who: str
     reason: str
     created_at: float = field(default_factory=time.time)
+    workload: str = ""                   # the tag whose draft the rollout changes; "" where there is none
+    began: int = 0                       # number of the record that opened the rollout this one belongs to; 0 where there is none
+    hold: str = ""                       # "paused": the rollout waits; "pinned": no rollout may begin
 
     def drafts_for(self, replica: str) -> dict[str, str]:
         """Workload tag -> build id that `replica` should serve."""

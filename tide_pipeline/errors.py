@@ -16,6 +16,7 @@ TideError
 ├── BuildError               a build is missing, incomplete or altered
 │   └── RestartNeeded        it is whole, and only a new server can serve it
 ├── DeploymentConflict       somebody else wrote the deployment record first
+├── RolloutRefused           pinned, held, or no replica to watch: the record stays as it is
 ├── GateNotPassed            promotion was asked for without a passing verdict
 ├── NothingToRollBack        the deployment record holds no earlier state
 └── StackError               a local service did not start, stop or answer
@@ -72,6 +73,9 @@ class RestartNeeded(BuildError): ...
 
 
 class DeploymentConflict(TideError): ...
+
+
+class RolloutRefused(TideError): ...
 
 
 class GateNotPassed(TideError): ...

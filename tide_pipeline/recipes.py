@@ -27,7 +27,8 @@ def pocket_cpu() -> TideConfig:
 def pocket_demo() -> TideConfig:
     """`tide demo`: the same with windows short enough to see everything in five minutes."""
     return override(pocket_cpu(), {"state_dir": str(project_root() / ".tide" / "demo"),
-                                   "drift": {"recent_s": 25.0, "min_drop": 0.05, "cooldown_s": 30.0}})
+                                   "drift": {"recent_s": 25.0, "min_drop": 0.05, "cooldown_s": 30.0},
+                                   "rollout": {"mode": "auto"}})
 
 
 def pocket_ci() -> TideConfig:

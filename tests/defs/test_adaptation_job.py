@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import CaptureSettings, TideConfig, load_engine_spec, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
-from tide_pipeline.deployment.builds import load_build
+from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.rollout_sensor import alias_sensor, rollout_sensor
+from tide_pipeline.deployment.builds import list_builds, load_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.registry import open_registry
+from tide_pipeline.registry.shipped import shipped_checkpoint
+from tide_pipeline.rollout.history import is_under_way, opened
 from tide_pipeline.rollout.initial import ensure_initial
 
 pytestmark = [pytest.mark.filterwarnings("ignore::Warning:mlflow.*"), pytest.mark.filterwarnings("ignore::Warning:alembic.*"),
@@ -114,6 +119,68 @@ def test_the_way_back(config: TideConfig) -> None:
     assert rollback_job().execute_in_process(run_config={"ops": {"roll_back": {"config": {"reason": "a drill"}}}}).success
     latest = record.latest()
     assert latest is not None and latest.groups["rest"] == shipped and latest.reason == "a drill"
+
+
+def test_observe_deploys_nothing_and_propose_waits_for_a_click(config: TideConfig, instance: dg.DagsterInstance) -> None:
+    record = DeploymentRecord(config.state.deployments, config.target)
+    before, build = record.latest(), open_registry(config).list()[-1].draft_version
+    assert before is not None
+    for mode, stage in (("observe", before.stage), ("propose", "proposed")):
+        done = rolled_out(override(config, {"rollout": {"mode": mode}}), instance)
+        latest = record.latest()
+        assert done.success and not done.get_asset_materialization_events()
+        assert latest is not None and latest.stage == stage and latest.groups["rest"] == before.groups["rest"]
+    assert load_build(config.state.builds, config.target, latest.groups["canary"]["*"]).draft_version == build
+    with FakeReplica(config, "replica-0", workload="code"):
+        assert defs().resolve_job_def("approve_rollout").execute_in_process(instance=instance).success
+    approved = record.latest()
+    assert approved is not None and approved.groups["rest"] == latest.groups["canary"] and approved.stage == "stable"
+
+
+def test_an_alias_moved_by_hand_goes_through_the_gate(config: TideConfig, instance: dg.DagsterInstance) -> None:
+    """The shipped draft is asked for by moving `champion` to it; the sensor puts it back, the job judges and serves it."""
+    recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
+    registry, checkpoint = open_registry(config), shipped_checkpoint(config)
+    assert checkpoint is not None
+    shipped, champion = registry.register(checkpoint, lineage={"workload": "code"}, label="shipped"), registry.alias("champion")
+    registry.set_alias("champion", shipped.version)
+    asked = looked(instance).run_requests
+    assert asked is not None and registry.alias("champion") == champion and registry.alias("challenger") == shipped.version
+    again = looked(instance).run_requests
+    assert again is not None and asked[0].run_key == again[0].run_key, "Dagster takes a key once"
+    with FakeReplica(config, "replica-0", workload="code"):
+        done = defs().resolve_job_def("judge_challenger").execute_in_process(instance=instance, run_config=asked[0].run_config)
+    assert done.success and registry.get(shipped.version).tags["request"] == "passed by the gate"
+    latest = DeploymentRecord(config.state.deployments, config.target).latest()
+    assert latest is not None and "was asked for in MLflow" in latest.reason and registry.alias("champion") == shipped.version
+    assert not looked(instance).run_requests
+
+
+def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, instance: dg.DagsterInstance) -> None:
+    record, build = DeploymentRecord(config.state.deployments, config.target), open_registry(config).list()[0]
+    made = next(b for b in list_builds(config.state.builds, config.target) if b.draft_version == build.draft_version)
+    with FakeReplica(config, "replica-0", workload="code"):
+        record.append(opened(record.latest(), config.target, "*", made.build_id, ["replica-0"], "a run that died", "drift"))
+        gives_up = time.monotonic() + 60
+        while is_under_way(record.latest()):
+            assert time.monotonic() < gives_up
+            rollout_sensor(dg.build_sensor_context(instance=instance), tide=TideResource())
+            time.sleep(0.1)
+    latest = record.latest()
+    assert latest is not None and (latest.who, latest.stage) == ("rollout sensor", "stable")
+
+
+def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    """The last step of the first adaptation once more, with these settings."""
+    recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
+    root = min(instance.get_run_records(), key=lambda record: record.create_timestamp).dagster_run.run_id
+    return job().execute_in_process(asset_selection=[dg.AssetKey("live_draft")], run_id=root)
+
+
+def looked(instance: dg.DagsterInstance) -> dg.SensorResult:
+    found = alias_sensor(dg.build_sensor_context(instance=instance), tide=TideResource())
+    assert isinstance(found, dg.SensorResult)
+    return found
 
 
 def _traffic(config: TideConfig, build: EngineBuild) -> None:

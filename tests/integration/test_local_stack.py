@@ -14,10 +14,12 @@ import httpx
 import psutil
 import pytest
 
-from tests.helpers import write_tiny_engine
+from tests.helpers import ask, write_tiny_engine
 from tide_pipeline import recipes
 from tide_pipeline.config import StackSettings
+from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.errors import StackError
+from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.serve.process import choose_ports
 from tide_pipeline.stack import services
 from tide_pipeline.stack.local import LocalStack
@@ -119,6 +121,26 @@ def test_the_whole_stack_in_the_foreground(tmp_path: Path) -> None:
     finally:
         stack.kill()
         stack.wait()
+
+
+def test_several_replicas_behind_one_front(tmp_path: Path) -> None:
+    """serve.replicas: each with ports and a name of its own, all of them gone afterwards."""
+    config = recipes.load(values={"state_dir": str(tmp_path / "state"), "engines_dir": str(write_engine(tmp_path / "engines")),
+                                  "engine": "tiny", "serve": {"replicas": 2, "report_s": 0.2}})
+    stack = LocalStack.up(config, bound=True, parts=("replica",))
+    try:
+        replicas = httpx.get(f"{stack.triton_url}/front/status").json()["replicas"]
+        assert [r["name"] for r in replicas] == ["replica-0", "replica-1"] and all(r["ready"] for r in replicas)
+        assert len({r["url"] for r in replicas}) == 2
+        assert {ref.name for ref in stack.record.processes} == {"replica", "replica_1", "front"}
+        assert set(read_observed(config.state.observed, "tiny")) == {"replica-0", "replica-1"}
+        client = TritonClient(stack.triton_url, "tiny")
+        for i in range(8):
+            assert client.generate(ask(f"r-{i}", "abc", max_tokens=4, ignore_eos=True)).num_output_tokens == 4
+        assert all(r["served"] == 4 for r in httpx.get(f"{stack.triton_url}/front/status").json()["replicas"])
+    finally:
+        killed = stack.down()
+    assert killed == [] and family(stack.record.stack_id) == []
 
 
 def write_engine(engines: Path) -> Path:

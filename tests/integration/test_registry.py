@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,9 +22,9 @@ from tide_pipeline.errors import RegistryError
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.client import without_password
-from tide_pipeline.registry.registry import Registry, default_uri
+from tide_pipeline.registry.registry import RegisteredDraft, Registry, default_uri
 from tide_pipeline.registry.shipped import register_shipped
-from tide_pipeline.rollout.alias import follow_alias
+from tide_pipeline.rollout.alias import Followed, answer_request, follow_alias, waiting_request
 
 pytestmark = [pytest.mark.filterwarnings("ignore::Warning:mlflow.*"), pytest.mark.filterwarnings("ignore::Warning:alembic.*"),
               pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -186,8 +187,62 @@ def test_aliases_follow_what_is_served(config: TideConfig, registry: Registry, c
     draft = registry.register(checkpoint, lineage={})
     build = build_engine(config, Path(checkpoint.path), draft.draft_version, warm_up=False)
     canary = Deployment(1, "tiny", {"rest": {}, "canary": {"*": build.build_id}}, ("a",), "canary", "me", "")
-    assert follow_alias(config, registry, canary) == {}
+    assert follow_alias(config, registry, canary).champions == {}
     stable = Deployment(2, "tiny", {"rest": {"*": build.build_id, "de/docs": build.build_id}}, (), "stable", "me", "")
-    assert follow_alias(config, registry, stable) == {"champion": draft.version, "champion-de-docs": draft.version}
+    assert follow_alias(config, registry, stable).champions == {"champion": draft.version, "champion-de-docs": draft.version}
     assert registry.alias("champion") == registry.alias("champion-de-docs") == draft.version
-    assert follow_alias(config, Registry(registry.uri, "other"), stable) == {}, "a draft nobody registered has no version"
+    assert follow_alias(config, Registry(registry.uri, "other"), stable).champions == {}, "a draft nobody registered has no version"
+
+
+@pytest.fixture
+def two(config: TideConfig, registry: Registry, checkpoint: DraftCheckpoint, tmp_path: Path,
+        tiny_target: Target) -> tuple[Deployment, RegisteredDraft, RegisteredDraft]:
+    """A deployment that serves one registered draft, and another registered draft that nobody serves."""
+    draft = registry.register(checkpoint, lineage={})
+    folder = Path(write_tiny_build(tmp_path / "other", tiny_target, seed=10_000 + draft.version).path) / "draft"
+    other = registry.register(replace(checkpoint, path=str(folder), digest=digest_draft(folder)), lineage={"workload": "de"})
+    build = build_engine(config, Path(checkpoint.path), draft.draft_version, warm_up=False)
+    stable = Deployment(1, "tiny", {"rest": {"*": build.build_id}}, (), "stable", "me", "")
+    follow_alias(config, registry, stable)
+    return stable, draft, other
+
+
+def test_an_alias_moved_by_hand_is_put_back_and_its_version_asked_for(
+        config: TideConfig, registry: Registry, two: tuple[Deployment, RegisteredDraft, RegisteredDraft]) -> None:
+    stable, served, other = two
+    assert follow_alias(config, registry, stable) == Followed({"champion": served.version})
+    registry.set_alias("champion", other.version)                      # what somebody does in MLflow's pages
+    assert follow_alias(config, registry, stable).requested == {"champion": other.version}
+    assert registry.alias("champion") == served.version and registry.alias("challenger") == other.version
+    asked = waiting_request(registry)
+    assert asked is not None and (asked.version, asked.workload) == (other.version, "de") and asked.requested_at
+    assert follow_alias(config, registry, stable).requested == {}, "asked once"
+    answer_request(registry, other.version, "refused by the gate")
+    assert waiting_request(registry) is None and registry.get(other.version).tags["request"] == "refused by the gate"
+
+
+def test_an_alias_that_lags_or_is_gone_is_no_request(config: TideConfig, registry: Registry,
+                                                     two: tuple[Deployment, RegisteredDraft, RegisteredDraft]) -> None:
+    """A driver that died between the record and the alias leaves the alias where this module put it."""
+    stable, _, other = two
+    build = build_engine(config, registry.fetch(other.version, config.state.root / f"fetched-{other.version}"), other.draft_version,
+                         warm_up=False)
+    later = replace(stable, n=2, groups={"rest": {"*": build.build_id}})
+    assert follow_alias(config, registry, later) == Followed({"champion": other.version})
+    registry.client.delete_registered_model_alias(registry.name, "champion")
+    assert follow_alias(config, registry, later) == Followed({"champion": other.version}) and registry.alias("champion") == other.version
+    assert follow_alias(config, registry, replace(stable, stage="rolling", groups={"rest": {"*": "x"}, "canary": {"*": "y"}})) == Followed()
+
+
+def test_a_version_whose_bytes_were_altered_is_refused_by_their_digest(
+        registry: Registry, two: tuple[Deployment, RegisteredDraft, RegisteredDraft], tmp_path: Path) -> None:
+    _, _, other = two
+    uri = registry.client.get_run(other.run_id).info.artifact_uri.removeprefix("file://")
+    weights = Path(uri) / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(RegistryError, match=r"other bytes .*The artifact store was altered"):
+        registry.fetch(other.version, tmp_path / "altered")
+    weights.unlink()
+    with pytest.raises(RegistryError):
+        registry.fetch(other.version, tmp_path / "gone")
+    assert not (tmp_path / "altered").exists() and not (tmp_path / "gone").exists()

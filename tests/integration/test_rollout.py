@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,24 +12,26 @@ import pytest
 
 from tests.fakes_rollout import FakeReplica, write_engine
 from tests.helpers import write_tiny_build
+from tests.serving import until
 from tide_pipeline.build.engine import build_engine
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
-from tide_pipeline.errors import DeploymentConflict, GateNotPassed
+from tide_pipeline.errors import DeploymentConflict, GateNotPassed, RolloutRefused
 from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.models.target import Target
-from tide_pipeline.rollout import promote as promote_module
+from tide_pipeline.rollout import by_hand, drive, plan, rollback
 from tide_pipeline.rollout import replicas as replicas_module
-from tide_pipeline.rollout import rollback
-from tide_pipeline.rollout import watch as watch_module
+from tide_pipeline.rollout.drive import Driver, advance
 from tide_pipeline.rollout.initial import ensure_initial
-from tide_pipeline.rollout.promote import promote
+from tide_pipeline.rollout.plan import Kind
+from tide_pipeline.rollout.promote import promote, propose
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 0.05)
+    monkeypatch.setattr(drive, "POLL_S", 0.05)
+    monkeypatch.setattr(plan, "QUIET_S", 0.3)
     monkeypatch.setattr(replicas_module, "POLL_S", 0.02)
     monkeypatch.setattr(replicas_module, "ERROR_GRACE_S", 0.2)
 
@@ -82,7 +85,7 @@ def test_one_replica_is_canary_and_rest(config: TideConfig, champion: Deployment
     assert stages(config) == ["stable", "canary", "stable"] and done.n == 3
     assert done.groups == {"rest": {"*": challenger.build_id}} and done.who == "test"
     assert "drift on de" in done.reason and "first-position acceptance 0." in done.reason
-    assert any("waiting for replica-0" in text for text in told) and any(text.startswith("bake") for text in told)
+    assert told[0].startswith("canary on replica-0") and any(text.startswith("bake") for text in told)
     assert go(config, challenger) == done, "asked again, nothing happens"
 
 
@@ -91,10 +94,13 @@ def test_only_the_canary_serves_the_new_draft_until_it_is_baked(config: TideConf
         one, two, three = (stack.enter_context(FakeReplica(config, f"replica-{i}", rates={challenger.draft_digest: 0.8})) for i in range(3))
         done = go(config, challenger, workload="de")
         assert all(r.served["de"] == challenger and r.served["*"].build_id == champion.groups["rest"]["*"] for r in (one, two, three))
-        assert read_observed(config.state.observed, "tiny")["replica-2"].deployment >= done.n
+        until(lambda: read_observed(config.state.observed, "tiny")["replica-2"].deployment >= done.n)
     history = DeploymentRecord(config.state.deployments, "tiny").history()
-    assert history[1].canary_replicas == ("replica-0",) and history[1].groups["rest"] == champion.groups["rest"]
-    assert len(one.digests_seen) == 3 and all("de" not in seen for r in (two, three) for seen in r.digests_seen[:-1])
+    assert stages(config) == ["stable", "canary", "rolling", "rolling", "stable"]
+    assert [len(d.canary_replicas) for d in history] == [0, 1, 2, 3, 0] and {d.began for d in history} == {0, 2}
+    assert history[1].canary_replicas == ("replica-0",) and history[3].groups["rest"] == champion.groups["rest"]
+    served = [["de" in seen for seen in r.digests_seen] for r in (one, two, three)]
+    assert [seen.index(True) for seen in served] == [1, 2, 3], "one after the other"
 
 
 def test_a_draft_that_is_worse_on_live_traffic_goes_back(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
@@ -108,7 +114,10 @@ def test_a_draft_that_is_worse_on_live_traffic_goes_back(config: TideConfig, cha
             pass
 
 
-def test_without_recent_traffic_the_gates_figure_is_the_baseline(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+def test_without_recent_traffic_the_gates_figure_is_the_baseline(config: TideConfig, champion: Deployment, challenger: EngineBuild,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tide_pipeline.rollout.evidence.load_verdict", lambda *_: passed(challenger))
+    monkeypatch.setattr(plan, "QUIET_S", 30.0)
     with FakeReplica(config, "replica-0", traffic=True, rates={challenger.draft_digest: 0.05, "": 0.0}) as replica:
         replica.traffic = False
         done_in = threading.Timer(0.3, lambda: setattr(replica, "traffic", True))
@@ -144,7 +153,7 @@ def test_a_canary_that_dies_takes_its_draft_with_it(config: TideConfig, champion
 def test_a_replica_of_the_rest_that_fails_takes_all_back(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
     with (FakeReplica(config, "replica-0"), FakeReplica(config, "replica-1", breaks_on=challenger.draft_digest)):
         done = go(config, challenger)
-    assert stages(config) == ["stable", "canary", "stable", "rolled_back"] and "replica-1" in done.reason
+    assert stages(config) == ["stable", "canary", "rolling", "rolled_back"] and "replica-1" in done.reason
     assert done.groups == champion.groups
 
 
@@ -157,12 +166,109 @@ def test_a_killed_rollout_goes_on_with_its_canary(config: TideConfig, champion: 
 
     with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}):
         with monkeypatch.context() as patch:
-            patch.setattr(promote_module, "wait_until_served", dies)
+            patch.setattr(Driver, "drive", dies)
             with pytest.raises(Killed):
                 go(config, challenger)
         assert stages(config) == ["stable", "canary"]
         assert go(config, challenger).stage == "stable"
     assert stages(config) == ["stable", "canary", "stable"], "no second canary was opened"
+
+
+def test_anyone_goes_on_with_a_rollout_whose_driver_was_killed(config: TideConfig, champion: Deployment, challenger: EngineBuild,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is the only state: a new driver for every single step, as a sensor has it."""
+    monkeypatch.setattr(Driver, "drive", lambda self, n, progress: self.record.latest())
+    kinds = []
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}), FakeReplica(config, "replica-1"):
+        assert go(config, challenger).stage == "canary"
+        gives_up = time.monotonic() + 30
+        while stages(config)[-1] != "stable":
+            assert time.monotonic() < gives_up, kinds
+            step = advance(config, "somebody else")
+            if step.wrote:
+                kinds.append(step.action.kind)
+            time.sleep(0.05)
+    assert kinds == [Kind.WIDEN, Kind.SETTLE]
+    last = DeploymentRecord(config.state.deployments, config.target).history()[-1]
+    assert last.who == "somebody else" and last.reason.startswith("drift on de; v2-55555555 for '*': ")
+    assert advance(config, "somebody else").action.kind is Kind.NONE
+
+
+def test_two_drivers_at_a_time_are_one(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    results: list[Deployment] = []
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}), FakeReplica(config, "replica-1"):
+        both = [threading.Thread(target=lambda: results.append(go(config, challenger))) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join(60)
+    assert stages(config) == ["stable", "canary", "rolling", "stable"] and results[0] == results[1]
+
+
+def test_pause_resume_and_abort(config: TideConfig, champion: Deployment, challenger: EngineBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Driver, "drive", lambda self, n, progress: self.record.latest())
+    with pytest.raises(RolloutRefused, match="no rollout of tiny is under way"):
+        by_hand.pause(config, who="me", reason="lunch")
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}), FakeReplica(config, "replica-1"):
+        go(config, challenger)
+        paused = by_hand.pause(config, who="me", reason="lunch")
+        assert (paused.n, paused.stage, paused.hold, paused.began) == (3, "canary", "paused", 2)
+        ends = time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            step = advance(config, "sensor")
+            assert step.action.kind is Kind.WAIT and step.deployment == paused
+            time.sleep(0.1)
+        assert step.action.reason == "paused by me: lunch"
+        assert by_hand.resume(config, who="me", reason="back").hold == ""
+        gives_up = time.monotonic() + 30
+        while stages(config)[-1] != "rolling":
+            assert time.monotonic() < gives_up
+            advance(config, "sensor")
+            time.sleep(0.05)
+        done = by_hand.abort(config, who="me", reason="changed my mind")
+        assert (done.stage, done.groups, done.who, done.reason) == ("rolled_back", champion.groups, "me", "changed my mind")
+
+
+def test_what_is_pinned_stays(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    pinned = by_hand.pin(config, who="me", reason="the demo is today")
+    assert pinned.groups == champion.groups and pinned.hold == "pinned"
+    for attempt in (go, lambda *_: propose(config, challenger, passed(challenger), who="test", reason="drift")):
+        with pytest.raises(RolloutRefused, match=r"pinned by me \(the demo is today\).*unpin"):
+            attempt(config, challenger)
+    assert by_hand.unpin(config, who="me", reason="over").hold == ""
+    with pytest.raises(RolloutRefused, match="not pinned"):
+        by_hand.unpin(config, who="me", reason="again")
+
+
+def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig, champion: Deployment, challenger: EngineBuild,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_hand, "load_verdict", lambda *_: passed(challenger))
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}) as replica:
+        proposed = propose(config, challenger, passed(challenger), who="run 1", reason="drift on de")
+        assert proposed.stage == "proposed" and propose(config, challenger, passed(challenger), who="run 2", reason="again") == proposed
+        time.sleep(0.3)
+        assert replica.served["*"].build_id == champion.groups["rest"]["*"] and advance(config, "sensor").action.kind is Kind.NONE
+        done = by_hand.approve(config, who="me", reason="looks good")
+        assert replica.served["*"] == challenger
+    assert stages(config) == ["stable", "proposed", "canary", "stable"] and "looks good" in done.reason
+    with pytest.raises(RolloutRefused, match="nothing is proposed"):
+        by_hand.approve(config, who="me", reason="again")
+
+
+def test_a_proposal_can_be_dropped(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    propose(config, challenger, passed(challenger), who="run 1", reason="drift on de")
+    assert by_hand.abort(config, who="me", reason="no").groups == champion.groups
+
+
+def test_replicas_that_are_all_silent_are_no_reason_to_skip_the_canary(config: TideConfig, champion: Deployment,
+                                                                      challenger: EngineBuild) -> None:
+    config = override(config, {"rollout": {"heartbeat_s": 0.3}})
+    with FakeReplica(config, "replica-0"):
+        pass
+    time.sleep(0.5)
+    with pytest.raises(RolloutRefused, match="nobody could be watched"):
+        go(config, challenger)
+    assert stages(config) == ["stable"]
 
 
 def test_two_rollouts_at_a_time_are_refused(config: TideConfig, champion: Deployment, challenger: EngineBuild, tmp_path: Path,

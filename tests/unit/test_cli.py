@@ -193,6 +193,39 @@ def test_rollout_asks_before_it_acts(state: StatePaths, monkeypatch: pytest.Monk
     assert result.exit_code == 2 and "pass --yes" in result.stderr
 
 
+def test_rollout_is_held_let_go_and_told_by_hand(state: StatePaths) -> None:
+    assert "nothing was ever deployed" in tide("rollout", "status", state=state).stdout
+    assert "nothing of pocket was ever deployed" in tide("rollout", "pin", state=state).stderr
+    record = DeploymentRecord(state.deployments, "pocket")
+    record.append(Deployment(1, "pocket", {"rest": {"*": "aa"}}, (), "stable", "tide", "shipped with the engine"))
+    record.append(Deployment(2, "pocket", {"rest": {"*": "aa"}, "canary": {"*": "bb"}}, ("replica-0",), "canary", "run 7", "drift",
+                             time.time(), "*", 2))
+    write_observed(state.observed, ObservedState("replica-0", "pocket", 2, {"*": "bb"}, {"*": "d"}, 2.5, 123.0, "", time.time(), 1))
+    write_observed(state.observed, ObservedState("replica-1", "pocket", 1, {"*": "aa"}, {"*": "d"}, 1.9, 99.0, "", time.time() - 60, 1))
+    for word, stage, hold in (("pause", "canary", "paused"), ("resume", "canary", "")):
+        done = json.loads(tide("rollout", word, "--reason", "lunch", "--json", state=state).stdout)
+        assert (done["stage"], done["hold"], done["reason"]) == (stage, hold, "lunch")
+    seen = tide("top", "--once", state=state).stdout
+    assert "mode observe: deployment 4, canary" in seen and "rolls out *: bb" in seen and "wait: waiting for replica-0" in seen
+    found = {r["name"]: r for r in json.loads(tide("top", "--json", state=state).stdout)["replicas"]}
+    assert found["replica-0"]["group"] == "new" and found["replica-0"]["state"] == "behind" and found["replica-1"]["state"] == "silent"
+    assert "is being rolled out" in tide("rollout", "pin", state=state).stderr
+    assert json.loads(tide("rollout", "abort", "--json", state=state).stdout)["groups"] == {"rest": {"*": "aa"}}
+    assert json.loads(tide("rollout", "pin", "--json", state=state).stdout)["hold"] == "pinned"
+    assert "next: pinned by" in tide("rollout", "status", state=state).stdout
+    told = json.loads(tide("rollout", "history", "--json", state=state).stdout)
+    assert [line["what"] for line in told] == ["pinned", "rolled back", "resumed", "paused", "canary on replica-0 (rollout 2)",
+                                               "served by all"]
+    assert told[2]["why"] == "lunch" and told[-1]["who"] == "tide"
+
+
+@pytest.mark.parametrize("words", [("rollout", word) for word in ("start", "approve", "advance", "status", "pause", "resume", "abort",
+                                                                  "pin", "unpin", "history")])
+def test_rollout_commands_teach_with_an_example(words: tuple[str, ...]) -> None:
+    result = tide(*words, "--help")
+    assert result.exit_code == 0 and f"tide {' '.join(words)}" in plain(result).removeprefix(f"Usage: tide {' '.join(words)}")
+
+
 # --- traffic ------------------------------------------------------------------------------------------------------
 
 class EchoClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -11,40 +12,79 @@ from hypothesis import given
 
 from tests.fakes_rollout import FakeReplica, write_engine
 from tide_pipeline.config import RolloutSettings
-from tide_pipeline.rollout.bake import Decision, judge_bake
-from tide_pipeline.rollout.live import LiveRow, Rate, rate_of, read_live
+from tide_pipeline.rollout.bake import Decision, Evidence, judge_bake
+from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, read_live, slowdown
+from tide_pipeline.rollout.sequential import Gap
 
-SETTINGS = RolloutSettings()           # max_drop 0.10, min_bake_steps 30
+SETTINGS = RolloutSettings()           # max_drop 0.10, min_bake_steps 30, min_bake_requests 8
+
+
+def seen(rate: float, error: float, steps: int, requests: int = 20) -> Rate:
+    return Rate(rate, error, steps, requests)
 
 
 @pytest.mark.parametrize(("baseline", "canary", "time_is_up", "decision"), [
-    (Rate(0.4, 0.02, 500), Rate(0.7, 0.03, 200), False, Decision.FINE),
-    (Rate(0.7, 0.02, 500), Rate(0.4, 0.03, 200), False, Decision.WORSE),
-    (Rate(0.7, 0.02, 500), Rate(0.58, 0.05, 40), False, Decision.OPEN),          # the interval lies across 0.10
-    (Rate(0.7, 0.02, 500), Rate(0.58, 0.05, 40), True, Decision.WORSE),
-    (Rate(0.7, 0.02, 500), Rate(0.62, 0.05, 40), True, Decision.FINE),
-    (Rate(0.7, 0.02, 500), Rate(0.7, 0.1, 20), False, Decision.OPEN),            # too few steps
-    (Rate(0.7, 0.02, 500), Rate(0.1, 0.1, 20), True, Decision.WORSE),            # but certain
-    (Rate(0.7, 0.02, 500), Rate(0.1, 0.1, 5), True, Decision.FINE),
-    (Rate(0.7, 0.02, 500), Rate(0.0, 0.0, 0), False, Decision.OPEN),
-    (Rate(0.7, 0.02, 500), Rate(0.0, 0.0, 0), True, Decision.FINE),
-    (None, Rate(0.1, 0.02, 100), False, Decision.FINE),
-    (None, Rate(0.1, 0.02, 10), False, Decision.OPEN),
+    (seen(0.4, 0.02, 500), seen(0.7, 0.03, 200), False, Decision.FINE),
+    (seen(0.7, 0.02, 500), seen(0.4, 0.03, 200), False, Decision.WORSE),
+    (seen(0.7, 0.02, 500), seen(0.58, 0.05, 40), False, Decision.OPEN),          # the interval lies across 0.10
+    (seen(0.7, 0.02, 500), seen(0.55, 0.03, 40), True, Decision.WORSE),          # too much, and certainly some
+    (seen(0.7, 0.02, 500), seen(0.58, 0.05, 40), True, Decision.FINE),           # it may be an accident
+    (seen(0.7, 0.02, 500), seen(0.62, 0.05, 40), True, Decision.FINE),
+    (seen(0.7, 0.02, 500), seen(0.7, 0.1, 20), False, Decision.OPEN),            # too few steps
+    (seen(0.7, 0.02, 500), seen(0.1, 0.02, 500, 3), False, Decision.OPEN),       # too few requests
+    (seen(0.7, 0.02, 500), seen(0.1, 0.1, 20), True, Decision.WORSE),            # but certain
+    (seen(0.7, 0.02, 500), seen(0.1, 0.1, 5), True, Decision.FINE),
+    (seen(0.7, 0.02, 500), seen(0.0, 0.0, 0), False, Decision.OPEN),
+    (seen(0.7, 0.02, 500), seen(0.0, 0.0, 0), True, Decision.FINE),
+    (None, seen(0.1, 0.02, 100), False, Decision.FINE),
+    (None, seen(0.1, 0.02, 10), False, Decision.OPEN),
 ])
 def test_decisions(baseline: Rate | None, canary: Rate, time_is_up: bool, decision: Decision) -> None:
-    found = judge_bake(baseline, canary, SETTINGS, time_is_up=time_is_up)
+    found = judge_bake(Evidence(canary, baseline), SETTINGS, time_is_up=time_is_up)
     assert found.decision is decision and found.reason
 
 
-rates = st.builds(Rate, st.floats(0, 1), st.floats(0, 0.5), st.integers(0, 1000))
+rates = st.builds(Rate, st.floats(0, 1), st.floats(0, 0.5), st.integers(0, 1000), st.integers(0, 100))
+gaps = st.builds(Gap, st.floats(-3, 3), st.floats(0, 2), st.integers(0, 100))
 
 
-@given(st.none() | rates, rates)
-def test_time_always_ends_a_bake(baseline: Rate | None, canary: Rate) -> None:
-    open_ended = judge_bake(baseline, canary, SETTINGS).decision
-    at_the_end = judge_bake(baseline, canary, SETTINGS, time_is_up=True).decision
+@given(st.builds(Evidence, rates, st.none() | rates, st.just(""), st.none() | gaps, st.none() | gaps, st.booleans()))
+def test_time_always_ends_a_bake(evidence: Evidence) -> None:
+    open_ended = judge_bake(evidence, SETTINGS).decision
+    at_the_end = judge_bake(evidence, SETTINGS, time_is_up=True).decision
     assert at_the_end is not Decision.OPEN
     assert open_ended in (Decision.OPEN, at_the_end), "what is certain before the end does not turn"
+
+
+def test_slower_steps_and_errors_send_back_and_never_delay() -> None:
+    good = Evidence(seen(0.7, 0.02, 500), seen(0.5, 0.02, 500))
+    for gap, decision in ((Gap(0.9, 0.1, 20), Decision.WORSE), (Gap(0.9, 0.1, 5), Decision.FINE), (Gap(0.3, 0.1, 20), Decision.FINE)):
+        assert judge_bake(replace(good, slower=gap), SETTINGS).decision is decision
+    broken = judge_bake(replace(good, errors=Gap(0.5, 0.05, 40)), SETTINGS)
+    assert broken.decision is Decision.WORSE and "share of errors, rise +0.50" in broken.reason
+
+
+def block(at: float, replica: str, ms: float, emitted: int = 10, finish: str = "") -> LiveRow:
+    return LiveRow(at, f"{replica}-{at}", "de", replica, "v1", 10, 5, emitted, ms, finish)
+
+
+def test_what_slows_the_whole_machine_is_no_difference() -> None:
+    times = [2.0 * i for i in range(12)]
+    load = [1.0 + i % 4 for i in range(12)]
+    even = slowdown([block(t, "a", 50 * w) for t, w in zip(times, load, strict=True)],
+                    [block(t, "b", 50 * w) for t, w in zip(times, load, strict=True)])
+    slow = slowdown([block(t, "a", 100 * w) for t, w in zip(times, load, strict=True)],
+                    [block(t, "b", 50 * w) for t, w in zip(times, load, strict=True)])
+    assert even == Gap(0.0, 0.0, 12) and slow is not None and slow.value == pytest.approx(0.693, abs=0.01)
+    assert slowdown([block(t, "a", 50) for t in times], [block(t + 100, "b", 50) for t in times]) is None, "never at the same time"
+
+
+def test_errors_are_counted_over_finished_requests() -> None:
+    new = [block(float(i), "a", 50, finish="error" if i % 2 else "length") for i in range(40)] + [block(99.0, "a", 50)]
+    old = [block(float(i), "b", 50, finish="cancelled" if i % 2 else "stop") for i in range(60)]
+    found = error_rise(new, old)
+    assert found is not None and (found.value, found.n) == (0.5, 40) and 0.05 < found.error < 0.1
+    assert error_rise(new, []) is None
 
 
 def test_a_rate_counts_steps_and_its_error_counts_requests() -> None:
@@ -75,6 +115,9 @@ def test_the_log_is_read_as_capture_writes_it(tmp_path: Path, tiny_dir: Path) ->
     rows = read_live(config, 0.0)
     assert len(rows) == 3 and {(r.workload, r.replica, r.draft_version, r.drafted) for r in rows} == {("de", "replica-0", "", 0)}
     assert read_live(config, rows[-1].at + 1) == []
+    assert rows[0].emitted == 16 and rows[0].duration_ms == 30.0 and rows[0].finish_reason == "length"
+    log = LiveLog(config)
+    assert log.rows(0.0) == rows and log.rows(0.0)[0] is log.rows(rows[0].at)[0], "a shard is read once"
     shard = next(config.state.acceptance.rglob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-200] + b"x" * 196 + b"PAR1")
     assert read_live(config, 0.0) == []

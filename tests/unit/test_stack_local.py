@@ -166,9 +166,24 @@ def test_a_record_that_is_not_ours_is_not_guessed_at(config: TideConfig) -> None
 def test_children_know_their_stack(config: TideConfig) -> None:
     stack = LocalStack.up(config, parts=())
     place = services.Place(stack.config, Path(stack.record.config_file), stack.record.stack_id)
-    for service in (services.mlflow_server(place), services.replica(place), services.dagster_daemon(place), services.dagster_code(place)):
+    replica = services.replica(place, "replica-0", place.config_file)
+    for service in (services.mlflow_server(place), replica, services.dagster_daemon(place), services.dagster_code(place)):
         assert service.environment["TIDE_STACK_ID"] == stack.record.stack_id
         assert service.environment["TIDE_CONFIG"] == stack.record.config_file
         assert service.environment["OMP_WAIT_POLICY"] == "passive" and service.log.parent == config.state.logs
-    assert services.replica(place).nice == 0 < services.dagster_web(place).nice, "serving comes first"
+    assert replica.nice == 0 < services.dagster_web(place).nice, "serving comes first"
     assert os.environ.get("TIDE_STACK_ID") is None
+
+
+def test_further_replicas_have_settings_and_ports_of_their_own(config: TideConfig) -> None:
+    place = local._place(override(config, {"serve": {"replicas": 3}}), "any")
+    starter = local._Starter(place, lambda line: None, bound=False)
+    urls = starter._urls()
+    assert len(set(urls)) == 3 and urls[0] == place.urls["triton_replica"]
+    assert starter._settings_of("replica-0") == place.config_file
+    for name, url in zip(("replica-1", "replica-2"), urls[1:], strict=True):
+        found = override(TideConfig(), load_toml(starter._settings_of(name)))
+        assert found.serve.replica == name and url.endswith(f":{found.stack.triton_http_port}")
+        assert found.stack.front_port == place.config.stack.front_port, "the rest is the stack's"
+        service = services.replica(place, name, starter._settings_of(name))
+        assert service.name == name.replace("-", "_") and service.command[-1] == name

@@ -29,7 +29,7 @@ WITH_VALUE = ("--recipe", "--config", "--set", "--state", "--engine")
 SHARED = (*WITH_VALUE, "--debug")
 STACK, STAGES, LOOK = "The stack", "Stages of the loop, by hand", "Look"
 ORDER = ("demo", "up", "down", "status", "config", "traffic", "drift", "train", "register", "build", "gate", "rollout", "rollback",
-         "deployments", "drafts", "engines", "sql", "signals", "report", "doctor")
+         "top", "deployments", "drafts", "engines", "sql", "signals", "report", "doctor")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else.")]
 Workload = Annotated[str, typer.Option("--workload", help="Workload tag: drafts, drift and training are kept apart by it.")]

@@ -1,4 +1,4 @@
-"""tide rollout | rollback | deployments: what is served."""
+"""tide rollback | deployments: what is served; and what commands that change it share."""
 
 from __future__ import annotations
 
@@ -18,37 +18,6 @@ if TYPE_CHECKING:
 
 
 @app.command(rich_help_panel=STAGES)
-def rollout(
-    ctx: typer.Context,
-    build_id: Annotated[str, typer.Argument(metavar="BUILD_ID", help="A build that passed `tide gate`.")],
-    workload: Annotated[str, typer.Option("--workload", help="Which workload tag it shall serve; * is every other tag.")] = "*",
-    reason: Annotated[str, typer.Option(help="Goes into the deployment record.")] = "by hand",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Serve a build: canary, bake, then everywhere, or back. Asks the gate's verdict again at the door.
-
-    Exit code 1 when it was rolled back.
-
-    [bold]tide rollout 3f2a9c0d11e8b7a4 --yes[/bold]
-    """
-    from tide_pipeline.deployment.builds import load_build
-    from tide_pipeline.gate.run import load_verdict
-    from tide_pipeline.rollout.promote import check_verdict, promote
-
-    config, screen = settings_of(ctx), console(err=as_json)
-    made = load_build(config.state.builds, config.target, build_id)
-    verdict = load_verdict(config, build_id)
-    check_verdict(config, made, verdict)
-    _confirm(f"serve {made.draft_version} for workload {workload} of {config.target}?", yes)
-    deployment = promote(config, made, verdict, workload=workload, who=_who(), reason=reason,
-                         progress=lambda line: screen.print(line, markup=False))
-    _follow(config, deployment)
-    _tell(deployment, as_json)
-    raise typer.Exit(0 if deployment.groups["rest"].get(workload) == build_id else 1)
-
-
-@app.command(rich_help_panel=STAGES)
 def rollback(
     ctx: typer.Context,
     reason: Annotated[str, typer.Option(help="Goes into the deployment record.")],
@@ -61,9 +30,9 @@ def rollback(
     from tide_pipeline.rollout import rollback as roll_back
 
     config = settings_of(ctx)
-    deployment = roll_back(config, who=_who(), reason=reason)
-    _follow(config, deployment)
-    _tell(deployment, as_json)
+    deployment = roll_back(config, who=who_am_i(), reason=reason)
+    follow_aliases(config, deployment)
+    tell(deployment, as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -87,7 +56,7 @@ def deployments(ctx: typer.Context, as_json: JsonFlag = False) -> None:
                             for group, drafts in d.groups.items()), d.who, d.reason) for d in history])
 
 
-def _confirm(question: str, yes: bool) -> None:
+def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
@@ -95,7 +64,7 @@ def _confirm(question: str, yes: bool) -> None:
     typer.confirm(question, abort=True)
 
 
-def _follow(config: TideConfig, deployment: Deployment) -> None:
+def follow_aliases(config: TideConfig, deployment: Deployment) -> None:
     """MLflow's alias comes after the fact: without MLflow the deployment stands all the same."""
     from tide_pipeline.registry.registry import open_registry
     from tide_pipeline.rollout.alias import follow_alias
@@ -107,14 +76,14 @@ def _follow(config: TideConfig, deployment: Deployment) -> None:
         typer.echo(f"warning: the champion alias was not moved: {error}", err=True)
 
 
-def _tell(deployment: Deployment, as_json: bool) -> None:
+def tell(deployment: Deployment, as_json: bool) -> None:
     if as_json:
         print_json(deployment)
     else:
         console().print(f"deployment {deployment.n} ({deployment.stage}): {deployment.reason}", markup=False)
 
 
-def _who() -> str:
+def who_am_i() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -157,6 +157,8 @@ def _print_stack(stack: LocalStack) -> None:
     screen.print("send traffic, look, stop:")
     where = "" if stack.state.root.name == ".tide" else f" --state {stack.state.root}"
     screen.print(f"  tide traffic --domain en{where}\n  tide status{where}\n  tide down{where}", markup=False)
+    if stack.config.rollout.mode == "observe":
+        screen.print("a draft that passes the gate is not deployed (rollout.mode is observe): --set rollout.mode=auto lets it")
 
 
 def _print_status(facts: dict[str, Any]) -> None:

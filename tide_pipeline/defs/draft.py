@@ -1,5 +1,8 @@
 """From captured windows to an engine build: train, register, build. Each asset makes one call into the core."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
@@ -12,6 +15,9 @@ from tide_pipeline.defs.trainer import (
     training_command,
     training_environment,
 )
+
+if TYPE_CHECKING:
+    from tide_pipeline.registry.registry import RegisteredDraft, Registry
 
 TRAIN_POOL = "train_gpu"
 
@@ -56,19 +62,46 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
                                           "mlflow_run_id": draft.run_id, "acceptance_length": checkpoint.acceptance_length})
 
 
+class EngineConfig(dg.Config):
+    """Which registered draft; the job judge_challenger fills it in."""
+
+    version: int = 0                       # 0 is the one that this run registered
+
+
 @dg.asset(deps=[registered_draft], group_name=GROUP, kinds={"python"}, owners=["team:inference"])
-def draft_engine(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
+def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: TideResource) -> dg.MaterializeResult:
     """A folder that the serving engine can load, made from the bytes that the registry gives back, with its warm-up result."""
     from tide_pipeline.build.engine import build_engine
     from tide_pipeline.registry.registry import RegisteredDraft, open_registry
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
+    registry = open_registry(settings)
+    if config.version:
+        begin_with(adaptation, registry.get(config.version))
     draft = adaptation.load(RegisteredDraft, "registered")
-    fetched = open_registry(settings).fetch(draft.version, adaptation.fetched / draft.draft_version)
+    fetched = fetch_or_refuse(registry, draft, adaptation)
     build = build_engine(settings, fetched, draft.draft_version)
     adaptation.save("build", build)
     return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version,
                                           "path": dg.MetadataValue.path(build.path), **build.warmup})
+
+
+def begin_with(adaptation: Adaptation, draft: "RegisteredDraft") -> None:
+    """An adaptation without training: a version that somebody asked for by moving an alias."""
+    adaptation.save("request", Request(draft.tags.get("workload", "default"), f"version {draft.version} was asked for in MLflow"))
+    adaptation.save("registered", draft)
+
+
+def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: Adaptation) -> Path:
+    """The draft's bytes, whose digest is checked. Bytes that are others, or gone, answer the request for them."""
+    from tide_pipeline.errors import RegistryError
+    from tide_pipeline.rollout.alias import answer_request
+
+    try:
+        return registry.fetch(draft.version, adaptation.fetched / draft.draft_version)
+    except RegistryError as error:
+        answer_request(registry, draft.version, f"refused: {error}")
+        raise
 
 
 def adaptation_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, tide: TideResource) -> Adaptation:

@@ -1,4 +1,7 @@
-"""What can be launched: one adaptation, the way back, a look at the lake. Steps share a process; training has its own."""
+"""What can be launched: one adaptation, a challenger's trial, approval, the way back, a look at the lake.
+
+Steps share a process; training has its own.
+"""
 
 import dagster as dg
 
@@ -14,6 +17,29 @@ adapt_draft = dg.define_asset_job(
     "adapt_draft", dg.AssetSelection.assets("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
     executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand", ONE_AT_A_TIME: "draft"},
     description="Train a draft on what was captured, register and build it, prove it against the champion, roll it out.")
+
+
+judge_challenger = dg.define_asset_job(
+    "judge_challenger", dg.AssetSelection.assets("draft_engine", "benchmark_report", "live_draft"),
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: "launched by hand", ONE_AT_A_TIME: "draft"},
+    description="Put a registered version before the gate and, if it passes, do with it what rollout.mode says: for an alias that was "
+                "moved by hand, or with draft_engine's `version` filled in.")
+
+
+class ApprovalConfig(dg.Config):
+    """Why what was proposed is rolled out."""
+
+    reason: str = "approved"
+
+
+@dg.op(description="Roll out what the deployment record proposes; asks the gate's verdict again.")
+def approve_proposal(context: dg.OpExecutionContext, config: ApprovalConfig, tide: TideResource) -> int:
+    from tide_pipeline.rollout.by_hand import approve
+
+    done = approve(tide.settings(), who=f"dagster run {context.run.run_id[:8]}", reason=config.reason, progress=context.log.info)
+    if done.stage != "stable":
+        raise dg.Failure(f"deployment {done.n} is {done.stage}: {done.reason}", allow_retries=False)
+    return done.n
 
 
 class RollbackConfig(dg.Config):
@@ -40,6 +66,12 @@ def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideR
     latest = DeploymentRecord(config.state.deployments, config.target).latest()
     if latest is not None:
         context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
+
+
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft"},
+        description="Mode propose: the click that rolls out what was proposed.")
+def approve_rollout() -> None:
+    follow_champion(approve_proposal())
 
 
 @dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: "launched by hand"},

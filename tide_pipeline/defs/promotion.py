@@ -1,11 +1,16 @@
 """From an engine build to live traffic: benchmark, verdict, rollout. The check is the gate's face; rollout asks the gate again."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 
-from tide_pipeline.defs.adaptation import served_build, served_key
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
+from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, draft_engine
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.errors import BuildError, RegistryError
 
 
 @dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"])
@@ -17,6 +22,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
     asked = adaptation.request()
     report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
                       focus_since=asked.focus_since)
+    tell_registry(context, settings, adaptation, report.verdict)
     paired, new = report.paired, report.challenger_bench
     return dg.MaterializeResult(metadata={
         "passed": report.verdict.passed, "acceptance_length": paired.challenger, "champion_acceptance_length": paired.champion,
@@ -34,21 +40,53 @@ def challenger_beats_champion(context: dg.AssetCheckExecutionContext, tide: Tide
                                metadata={name: door["reason"] for name, door in verdict.doors.items()})
 
 
-@dg.asset(deps=[benchmark_report], group_name=GROUP, kinds={"nvidia"}, owners=["team:inference"])
-def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
-    """What the replicas serve: the deployment record after canary and bake, and MLflow's champion alias behind it."""
+@dg.asset(deps=[benchmark_report], group_name=GROUP, kinds={"nvidia"}, owners=["team:inference"], output_required=False)
+def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterator[dg.MaterializeResult]:
+    """What the replicas serve: the deployment record after canary, bake and steps, and MLflow's champion alias behind it.
+
+    In mode "observe" nothing happens here; in mode "propose" the job approve_rollout waits for somebody to launch it.
+    """
     from tide_pipeline.gate.run import load_verdict
-    from tide_pipeline.registry.registry import open_registry
-    from tide_pipeline.rollout.alias import follow_alias
-    from tide_pipeline.rollout.promote import promote
+    from tide_pipeline.rollout.promote import Mode, mode_of, promote, propose
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
-    build, asked = adaptation.build(), adaptation.request()
-    key = served_key(settings, asked.workload)
-    deployment = promote(settings, build, load_verdict(settings, build.build_id), workload=key, who=f"dagster run {context.run.run_id[:8]}",
-                         reason=asked.reason or "launched by hand", progress=context.log.info)
+    build, asked, mode = adaptation.build(), adaptation.request(), mode_of(settings)
+    key, verdict = served_key(settings, asked.workload), load_verdict(settings, build.build_id)
+    who, reason = f"dagster run {context.run.run_id[:8]}", asked.reason or "launched by hand"
+    if mode is Mode.OBSERVE:
+        context.log.info(f"{build.draft_version} passed the gate and is not deployed: rollout.mode is observe. "
+                         f"`tide rollout {build.build_id}` does it by hand")
+        return
+    if mode is Mode.PROPOSE:
+        proposed = propose(settings, build, verdict, workload=key, who=who, reason=reason)
+        context.log.info(f"deployment {proposed.n} proposes {build.draft_version}: launch the job approve_rollout, or leave it")
+        return
+    deployment = promote(settings, build, verdict, workload=key, who=who, reason=reason, progress=context.log.info)
+    yield served(context.log, settings, deployment, build, key)
+
+
+def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployment, build: EngineBuild, key: str) -> dg.MaterializeResult:
+    """The end of a rollout as an event, or a failure that tells why the draft was rolled back."""
+    from tide_pipeline.registry.registry import open_registry
+    from tide_pipeline.rollout.alias import follow_alias
+
     if deployment.groups["rest"].get(key) != build.build_id:
         raise dg.Failure(f"deployment {deployment.n} does not serve it: {deployment.reason}", allow_retries=False)
-    follow_alias(settings, open_registry(settings), deployment)
-    return dg.MaterializeResult(metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
-                                          "draft_version": build.draft_version, "reason": deployment.reason})
+    log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
+    return dg.MaterializeResult(asset_key="live_draft", metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
+                                                                  "draft_version": build.draft_version, "reason": deployment.reason})
+
+
+def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:
+    """The verdict as tags of the version. A registry that is away delays no rollout."""
+    from tide_pipeline.registry.registry import RegisteredDraft, open_registry
+    from tide_pipeline.rollout.alias import answer_request
+
+    try:
+        version, registry = adaptation.load(RegisteredDraft, "registered").version, open_registry(settings)
+        told = "passed" if verdict.passed else "refused"
+        registry.tag(version, {"gate": told, "gate_reason": verdict.reasons, "gate_run": context.run.run_id})
+        answer_request(registry, version, f"{told} by the gate")
+    except (RegistryError, BuildError) as error:
+        context.log.warning(f"the verdict is not in the registry: {error}")
+

@@ -32,24 +32,35 @@ def save_build(build: EngineBuild) -> None:
     write_json(Path(build.path) / "build.json", {k: v for k, v in dataclasses.asdict(build).items() if k != "path"})
 
 
-def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
-    """Read a build and verify its draft's bytes, and those of every certified file, against the recorded digests. Raises BuildError."""
+def read_build(builds: Path, target: str, build_id: str) -> EngineBuild:
+    """What build.json says; the draft's bytes are not verified. Raises BuildError."""
     folder = build_dir(builds, target, build_id)
     try:
-        build = from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
-        found = digest_files({name: folder / "draft" / name for name in DRAFT_FILES})
+        return from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
     except FileNotFoundError as error:
-        raise BuildError(f"build {build_id} of {target} is missing or incomplete ({error.filename}): "
-                         "make it again with `tide build`") from error
+        raise _missing(build_id, target, error) from error
     except (json.JSONDecodeError, TypeError) as error:
         raise BuildError(f"{folder / 'build.json'} can't be read: {error}") from error
+
+
+def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
+    """Read a build and verify its draft's bytes, and those of every certified file, against the recorded digests. Raises BuildError."""
+    build = read_build(builds, target, build_id)
+    try:
+        found = digest_files({name: Path(build.path) / "draft" / name for name in DRAFT_FILES})
+    except FileNotFoundError as error:
+        raise _missing(build_id, target, error) from error
     if found != build.draft_digest:
         raise BuildError(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
                          "make it again with `tide build`")
-    if altered := _altered(folder, build.backend):
+    if altered := _altered(Path(build.path), build.backend):
         raise BuildError(f"build {build_id}: {altered} is missing or was altered since it was built: change engine.toml or the settings "
                          "instead, and make it again with `tide build`")
     return build
+
+
+def _missing(build_id: str, target: str, error: FileNotFoundError) -> BuildError:
+    return BuildError(f"build {build_id} of {target} is missing or incomplete ({error.filename}): make it again with `tide build`")
 
 
 def _altered(folder: Path, backend: str) -> str:

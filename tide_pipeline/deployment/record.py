@@ -31,6 +31,10 @@ class DeploymentRecord:
         numbers = [int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdecimal()]
         return from_json(Deployment, (self.folder / f"{max(numbers):06d}.json").read_text()) if numbers else None
 
+    def read(self, n: int) -> Deployment:
+        """Record number n. Raises FileNotFoundError when there is none."""
+        return from_json(Deployment, (self.folder / f"{n:06d}.json").read_text())
+
     def append(self, deployment: Deployment) -> Deployment:
         """Write number n, which must be the next one. Raises DeploymentConflict when somebody else wrote it first."""
         latest = self.latest()

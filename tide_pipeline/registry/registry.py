@@ -2,7 +2,7 @@
 
     experiment  tide/<target>        one run per draft: settings, curve, the draft's files
     model       <target>-draft       one version per draft digest; tags: digest, engine_digest, parent, workload, windows, rows, ...
-    alias       champion             follows what is served (rollout/alias.py)
+    aliases     champion             follows what is served; challenger: what somebody asked for by moving it (rollout/alias.py)
 """
 
 from __future__ import annotations
@@ -147,6 +147,17 @@ class Registry:
     def set_alias(self, name: str, version: int) -> None:
         with self._talking(f"changed of alias {name!r}"):
             self.client.set_registered_model_alias(self.name, name, str(version))
+
+    def marks(self) -> Mapping[str, str]:
+        """Tags of the model itself; {} before its first version."""
+        with self._talking("read"), tolerating("RESOURCE_DOES_NOT_EXIST"):
+            return dict(self.client.get_registered_model(self.name).tags)
+        return {}
+
+    def mark(self, key: str, value: str) -> None:
+        """Add or replace a tag of the model itself."""
+        with self._talking(f"marked of {self.name}"):
+            self.client.set_registered_model_tag(self.name, key, single_value(key, value))
 
     def tag(self, version: int, tags: Mapping[str, Any]) -> None:
         """Add or replace tags of a version, such as a gate's verdict."""

@@ -48,7 +48,7 @@ def rollout_marks(deployments: Sequence[Deployment], versions: Mapping[str, str]
     """When which draft version went where."""
     marks = []
     for d in deployments:
-        group = d.groups.get("canary", d.groups.get("rest", {})) if d.stage == "canary" else d.groups.get("rest", {})
+        group = d.groups.get("canary", d.groups.get("rest", {})) if d.stage in ("canary", "rolling") else d.groups.get("rest", {})
         names = ", ".join(sorted({versions.get(build, build) for build in group.values()}))
         marks.append((d.created_at, f"{d.stage.replace('_', ' ')}: {names}"))
     return marks

@@ -1,4 +1,9 @@
-"""May the canary stay? Numbers in, decision out. Pure: knows no record, no clock and no lake."""
+"""May the new draft stay? Numbers in, decision out. Pure: knows no record, no clock and no lake.
+
+First-position acceptance decides: the new draft is fine when it is certainly not worse than allowed, and worse when it certainly is.
+Time per token and errors can only send it back. "Certainly" is meant at every look at once (sequential.py), so that a draft that is no
+worse is rolled back in at most `FALSE_ROLLBACKS` of all rollouts, however often somebody looks.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,14 @@ from enum import StrEnum
 
 from tide_pipeline.config import RolloutSettings
 from tide_pipeline.rollout.live import Rate
+from tide_pipeline.rollout.sequential import Gap
 
-Z_95 = 1.96
+MIN_SPEED_BLOCKS = 10              # stretches of time in which both sides answered
+MIN_FINISHED = 20                  # requests on each side, before errors are compared
 
 
 class Decision(StrEnum):
-    FINE = "fine"                  # certainly not worse than allowed
+    FINE = "fine"                  # certainly not worse than allowed, or nothing speaks against it when time is up
     WORSE = "worse"                # certainly worse than allowed
     OPEN = "open"                  # more traffic would tell
 
@@ -26,26 +33,53 @@ class BakeVerdict:
     reason: str
 
 
-def judge_bake(baseline: Rate | None, canary: Rate, settings: RolloutSettings, *, time_is_up: bool = False) -> BakeVerdict:
-    """Compare first-position acceptance of the new draft with what it replaces (None: nothing to compare with).
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What live traffic says of a rollout."""
 
-    Open as long as the interval of the drop lies across `max_drop`; when time is up its middle decides, and a canary that
-    had too few steps stays unless it is certainly worse.
-    """
-    enough = canary.steps >= settings.min_bake_steps
-    if not canary.steps:
+    new: Rate                              # first-position acceptance with the new draft
+    old: Rate | None = None                # with the draft it replaces; None where there is nothing to compare with
+    against: str = ""                      # where `old` is from, as in "before 0.61 on 2 control replicas"
+    slower: Gap | None = None              # log of the time per token, new over old, at the same time; None for a single replica
+    errors: Gap | None = None              # share of requests that ended with an error
+    has_traffic: bool = False              # whether the replicas with the new draft answered anything
+    error: str = ""                        # why the log could not be read: nothing goes forward then
+
+
+def judge_bake(evidence: Evidence, settings: RolloutSettings, *, time_is_up: bool = False) -> BakeVerdict:
+    """When time is up, what is still open stays, unless it fell by more than allowed and certainly fell at all."""
+    for gap, allowed, least, what in ((evidence.slower, math.log1p(settings.max_slowdown), MIN_SPEED_BLOCKS, "time per token, log ratio"),
+                                      (evidence.errors, settings.max_error_rise, MIN_FINISHED, "share of errors, rise")):
+        if gap is not None and gap.n >= least and gap.interval(scale_of(allowed))[0] > allowed:
+            return BakeVerdict(Decision.WORSE, _tell(what, gap, allowed))
+    return _judge_acceptance(evidence, settings, time_is_up)
+
+
+def _judge_acceptance(evidence: Evidence, settings: RolloutSettings, time_is_up: bool) -> BakeVerdict:
+    new, old, allowed = evidence.new, evidence.old, settings.max_drop
+    if not new.steps:
         return BakeVerdict(Decision.FINE if time_is_up else Decision.OPEN, "no drafted step during the bake, so nothing was compared")
-    seen = f"first-position acceptance {canary.rate:.2f} over {canary.steps} steps"
-    if baseline is None:
-        note = f"{seen}, nothing to compare it with" + ("" if enough else f" (fewer than {settings.min_bake_steps} steps)")
-        return BakeVerdict(Decision.FINE if enough or time_is_up else Decision.OPEN, note)
-    drop, width = baseline.rate - canary.rate, Z_95 * math.hypot(baseline.error, canary.error)
-    reason = (f"{seen}, before {baseline.rate:.2f}, drop {drop:+.2f} [{drop - width:+.2f}, {drop + width:+.2f}], "
-              f"allowed {settings.max_drop:.2f}")
-    if not enough:
-        certainly = canary.steps >= settings.min_bake_steps / 2 and drop - width > settings.max_drop
-        reason += f" (fewer than {settings.min_bake_steps} steps)"
-        return BakeVerdict(Decision.OPEN if not time_is_up else Decision.WORSE if certainly else Decision.FINE, reason)
-    if drop - width > settings.max_drop or (time_is_up and drop > settings.max_drop):
+    enough = new.steps >= settings.min_bake_steps and new.requests >= settings.min_bake_requests
+    seen = f"first-position acceptance {new.rate:.2f} over {new.steps} steps of {new.requests} requests"
+    few = "" if enough else f" (fewer than {settings.min_bake_steps} steps of {settings.min_bake_requests} requests)"
+    if old is None:
+        return BakeVerdict(Decision.FINE if enough or time_is_up else Decision.OPEN, f"{seen}, nothing to compare it with{few}")
+    gap = Gap(old.rate - new.rate, math.hypot(old.error, new.error), new.requests)
+    low, high = gap.interval(scale_of(allowed))
+    reason = f"{seen}, before {old.rate:.2f} {evidence.against}, {_tell('drop', gap, allowed)}{few}"
+    if enough and low > allowed:
         return BakeVerdict(Decision.WORSE, reason)
-    return BakeVerdict(Decision.FINE if drop + width <= settings.max_drop or time_is_up else Decision.OPEN, reason)
+    if time_is_up:
+        is_worse = gap.value > allowed and low > 0 and new.steps >= settings.min_bake_steps / 2
+        return BakeVerdict(Decision.WORSE if is_worse else Decision.FINE, reason)
+    return BakeVerdict(Decision.FINE if enough and high <= allowed else Decision.OPEN, reason)
+
+
+def scale_of(allowed: float) -> float:
+    """The interval is sharpest at differences of the size that matters."""
+    return max(allowed, 0.01)
+
+
+def _tell(what: str, gap: Gap, allowed: float) -> str:
+    low, high = gap.interval(scale_of(allowed))
+    return f"{what} {gap.value:+.2f} [{low:+.2f}, {high:+.2f}], allowed {allowed:.2f}"

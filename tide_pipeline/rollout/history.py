@@ -1,14 +1,26 @@
-"""Append to the deployment record, and read what was served before. Knows records; no builds, no replicas."""
+"""The records of a rollout: how each follows from the one before, and what was served before. Pure; knows no builds, no replicas.
+
+    stable n      rest = old
+    proposed n+1  rest = old, canary = new, for nobody yet        mode "propose": a person approves it, or another one takes its place
+    canary n+2    rest = old, canary = new, for the canaries      bake on live traffic
+    rolling n+3   the same, for more replicas                     once for each step, the last time for all
+    stable n+4    rest = new                                      or rolled_back, rest = old, with the reason
+The record is the only state: whoever reads it can go on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from tide_pipeline.contracts import Deployment
+from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import DeploymentConflict
 
-STABLE, CANARY, ROLLED_BACK = "stable", "canary", "rolled_back"
+PROPOSED, CANARY, ROLLING, STABLE, ROLLED_BACK = "proposed", "canary", "rolling", "stable", "rolled_back"
+UNDER_WAY = (CANARY, ROLLING)
+PAUSED, PINNED = "paused", "pinned"
 ATTEMPTS = 5
 
 Drafts = dict[str, str]            # workload tag -> build id
@@ -32,13 +44,82 @@ def decide_and_append(record: DeploymentRecord, decide: Callable[[Deployment | N
     raise AssertionError("unreachable")
 
 
+# --- what follows -------------------------------------------------------------------------------------------------
+
+def following(latest: Deployment | None, target: str, groups: dict[str, Drafts], replicas: Iterable[str], stage: str, who: str,
+              reason: str, *, workload: str = "", began: int = 0, hold: str = "") -> Deployment:
+    """The record after `latest`."""
+    return Deployment(next_n(latest), target, groups, tuple(replicas), stage, who, reason, time.time(), workload, began, hold)
+
+
+def opened(latest: Deployment | None, target: str, workload: str, build_id: str, canaries: Sequence[str], who: str,
+           reason: str) -> Deployment:
+    """A canary, or without canaries a proposal."""
+    old = rest_of(latest)
+    return following(latest, target, {"rest": old, "canary": {**old, workload: build_id}}, canaries, CANARY if canaries else PROPOSED,
+                     who, reason, workload=workload, began=next_n(latest))
+
+
+def widened(latest: Deployment, replicas: Iterable[str], who: str, reason: str) -> Deployment:
+    """More replicas serve the new drafts."""
+    return following(latest, latest.target, latest.groups, replicas, ROLLING, who, reason, workload=workload_of(latest),
+                     began=began_of(latest))
+
+
+def settled(latest: Deployment, who: str, reason: str) -> Deployment:
+    """The new drafts are what is served from now on."""
+    return following(latest, latest.target, {"rest": dict(latest.groups["canary"])}, (), STABLE, who, reason,
+                     workload=workload_of(latest), began=began_of(latest))
+
+
+def withdrawn(latest: Deployment, who: str, reason: str) -> Deployment:
+    """The rollout ended by its own rules: the old drafts everywhere."""
+    return following(latest, latest.target, {"rest": rest_of(latest)}, (), ROLLED_BACK, who, reason, workload=workload_of(latest),
+                     began=began_of(latest))
+
+
+def restored(latest: Deployment | None, target: str, drafts: Drafts, who: str, reason: str) -> Deployment:
+    """Somebody puts `drafts` back for every replica. What was pinned stays so."""
+    hold = PINNED if latest is not None and latest.hold == PINNED else ""
+    return following(latest, target, {"rest": drafts}, (), ROLLED_BACK, who, reason, hold=hold)
+
+
+def held(latest: Deployment, hold: str, who: str, reason: str) -> Deployment:
+    """The same with another hold ("" lets go)."""
+    return replace(latest, n=latest.n + 1, who=who, reason=reason, created_at=time.time(), hold=hold)
+
+
+# --- what a record says --------------------------------------------------------------------------------------------
+
 def next_n(latest: Deployment | None) -> int:
     return latest.n + 1 if latest else 1
 
 
 def rest_of(latest: Deployment | None) -> Drafts:
-    """What is served outside of any canary."""
+    """What is served outside of any rollout."""
     return dict(latest.groups["rest"]) if latest else {}
+
+
+def is_under_way(latest: Deployment | None) -> bool:
+    return latest is not None and latest.stage in UNDER_WAY
+
+
+def began_of(latest: Deployment) -> int:
+    """Number of the record that opened the rollout; records of older versions don't tell, there it is the canary itself."""
+    return latest.began or latest.n
+
+
+def workload_of(latest: Deployment) -> str:
+    """The tag whose draft the rollout changes."""
+    if latest.workload:
+        return latest.workload
+    rest = rest_of(latest)
+    return next((tag for tag, build in latest.groups.get("canary", {}).items() if rest.get(tag) != build), ANY_WORKLOAD)
+
+
+def new_build_of(latest: Deployment) -> str:
+    """Build id that the rollout brings; "" outside of one."""
+    return latest.groups.get("canary", {}).get(workload_of(latest), "")
 
 
 def served_states(history: Sequence[Deployment]) -> list[Drafts]:

@@ -8,7 +8,7 @@ from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.registry.shipped import LABEL
-from tide_pipeline.rollout.history import STABLE, decide_and_append, next_n
+from tide_pipeline.rollout.history import STABLE, decide_and_append, following
 
 REASON = "shipped with the engine"
 
@@ -25,6 +25,6 @@ def ensure_initial(config: TideConfig, who: str = "tide") -> Deployment | None:
     build = build_engine(config, folder, f"{LABEL}-{digest_draft(folder)[:8]}")
 
     def decide(latest: Deployment | None) -> Deployment:
-        return latest or Deployment(next_n(latest), config.target, {"rest": {ANY_WORKLOAD: build.build_id}}, (), STABLE, who, REASON)
+        return latest or following(latest, config.target, {"rest": {ANY_WORKLOAD: build.build_id}}, (), STABLE, who, REASON)
 
     return decide_and_append(record, decide)

@@ -1,22 +1,28 @@
-"""First-position acceptance in the acceptance log, with its uncertainty. Knows Parquet columns; decides nothing.
+"""Figures of the acceptance log with their uncertainty: first-position acceptance, time per token, errors. Decides nothing.
 
 Steps of one request are alike, so the error of a rate is counted over requests (a ratio estimator), and is never smaller than
-that of independent steps.
+that of independent steps. Time per token is compared within stretches of time, both sides at once: what slows the whole machine is no
+difference between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tide_pipeline.capture.layout import live_shards
+from tide_pipeline.capture.store import Stored
 from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import FinishReason
+from tide_pipeline.rollout.sequential import Gap
 
-COLUMNS = ("time", "request_id", "workload", "replica", "draft_version", "drafted", "accepted")
+COLUMNS = ("time", "request_id", "workload", "replica", "draft_version", "drafted", "accepted", "emitted_tokens", "duration_ms",
+           "finish_reason")
+BLOCK_S = 2.0                      # stretches in which time per token is compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,9 @@ class LiveRow:
     draft_version: str
     drafted: int
     accepted: int
+    emitted: int = 0
+    duration_ms: float = 0.0
+    finish_reason: str = ""        # "" while the request goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +48,29 @@ class Rate:
     rate: float
     error: float
     steps: int
+    requests: int = 0
+
+
+class LiveLog:
+    """Rows of the log; a shard is read once, however often it is asked for. Shards never change, so nothing is lost with this memory."""
+
+    def __init__(self, config: TideConfig) -> None:
+        self._config = config
+        self._read: dict[Stored, Sequence[LiveRow]] = {}
+
+    def rows(self, since: float) -> list[LiveRow]:
+        """Rows closed at or after `since` (Unix seconds). A shard that can't be read is passed over: a bake must not die of it."""
+        shards = live_shards(self._config.state.acceptance, self._config.target, since)
+        self._read = {shard: self._read[shard] if shard in self._read else _read(shard) for shard in shards}
+        return [row for rows in self._read.values() for row in rows if row.at >= since]
 
 
 def read_live(config: TideConfig, since: float) -> list[LiveRow]:
-    """Rows closed at or after `since` (Unix seconds). A shard that can't be read is passed over: a bake must not die of it."""
-    found: list[LiveRow] = []
-    for shard in live_shards(config.state.acceptance, config.target, since):
-        try:
-            with shard.open() as stream:
-                table = pq.read_table(stream, columns=list(COLUMNS), use_threads=False)
-        except (OSError, ValueError, pa.ArrowException):
-            continue
-        for row in table.to_pylist():
-            if row["time"].timestamp() >= since:
-                found.append(LiveRow(row["time"].timestamp(), row["request_id"], row["workload"], row["replica"], row["draft_version"],
-                                     next(iter(row["drafted"]), 0), next(iter(row["accepted"]), 0)))
-    return found
+    """`LiveLog.rows` for who asks once."""
+    return LiveLog(config).rows(since)
 
 
-def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool]) -> Rate:
+def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool] = lambda row: True) -> Rate:
     """Over the rows that match; 0 steps when none drafted."""
     requests: dict[str, list[int]] = {}
     for row in rows:
@@ -68,6 +81,35 @@ def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool]) -> Rate:
     return _ratio([(drafted, accepted) for drafted, accepted in requests.values()])
 
 
+def slowdown(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """Log of the time per token, new over old, averaged over the stretches in which both answered; None where there are fewer than 4."""
+    a, b = _ms_per_token(new), _ms_per_token(old)
+    logs = [math.log(a[block] / b[block]) for block in a.keys() & b.keys()]
+    n = len(logs)
+    if n < 4:
+        return None
+    mean = sum(logs) / n
+    spread = sum((x - mean) ** 2 for x in logs) / (n - 3)              # few blocks know their own spread badly: as Student's t is wide
+    return Gap(mean, math.sqrt(spread / n), n)
+
+
+def error_rise(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """Difference of the shares of finished requests that ended with an error; None where one side finished none."""
+    (a, a_variance, a_n), (b, b_variance, b_n) = _errors(new), _errors(old)
+    return Gap(a - b, math.sqrt(a_variance + b_variance), min(a_n, b_n)) if a_n and b_n else None
+
+
+def _read(shard: Stored) -> list[LiveRow]:
+    try:
+        with shard.open() as stream:
+            table = pq.read_table(stream, columns=list(COLUMNS), use_threads=False)
+    except (OSError, ValueError, pa.ArrowException):
+        return []
+    return [LiveRow(row["time"].timestamp(), row["request_id"], row["workload"], row["replica"], row["draft_version"],
+                    next(iter(row["drafted"]), 0), next(iter(row["accepted"]), 0), row["emitted_tokens"], row["duration_ms"],
+                    row["finish_reason"]) for row in table.to_pylist()]
+
+
 def _ratio(requests: list[tuple[int, int]]) -> Rate:
     steps, accepted = (sum(column) for column in zip(*requests, strict=True)) if requests else (0, 0)
     if not steps:
@@ -75,4 +117,24 @@ def _ratio(requests: list[tuple[int, int]]) -> Rate:
     rate, n = accepted / steps, len(requests)
     spread = sum((a - rate * d) ** 2 for d, a in requests) * n / max(n - 1, 1) / steps**2
     smoothed = (accepted + 1) / (steps + 2)                            # 0 of 5 is not "certainly none"
-    return Rate(rate, math.sqrt(max(spread, smoothed * (1 - smoothed) / steps)), steps)
+    return Rate(rate, math.sqrt(max(spread, smoothed * (1 - smoothed) / steps)), steps, n)
+
+
+def _ms_per_token(rows: Iterable[LiveRow]) -> dict[int, float]:
+    """By stretch of BLOCK_S."""
+    sums: dict[int, list[float]] = {}
+    for row in rows:
+        if row.emitted and row.duration_ms > 0:
+            found = sums.setdefault(int(row.at // BLOCK_S), [0.0, 0.0])
+            found[0] += row.duration_ms
+            found[1] += row.emitted
+    return {block: duration / emitted for block, (duration, emitted) in sums.items()}
+
+
+def _errors(rows: Iterable[LiveRow]) -> tuple[float, float, int]:
+    """Share, its variance and the number of finished requests. What the client ended itself is no error."""
+    ends = [row.finish_reason == FinishReason.ERROR for row in rows if row.finish_reason]
+    if not ends:
+        return 0.0, 0.0, 0
+    smoothed = (sum(ends) + 1) / (len(ends) + 2)
+    return sum(ends) / len(ends), smoothed * (1 - smoothed) / len(ends), len(ends)

@@ -1,40 +1,97 @@
-"""Bring a build to live traffic: canary, bake, then every replica. Knows the record and what replicas report; loads no draft.
+"""Bring a build to live traffic: ask the gate again, open the rollout, drive it to its end. Loads no draft.
 
-    stable n   rest = old
-    canary n+1 rest = old, canary = new for one replica        bake on live traffic
-    stable n+2 rest = new                                      or rolled_back n+2, rest = old, with the reason
-Killed anywhere, the last record stands: the same call goes on with its canary, `rollback` ends it.
+Killed anywhere, the last record stands: the same call goes on with it, and so does whoever else advances rollouts (drive.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.builds import load_build
-from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed
+from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused, SettingsError
 from tide_pipeline.gate.judge import DOORS
-from tide_pipeline.rollout.history import CANARY, STABLE, decide_and_append, next_n, rest_of
-from tide_pipeline.rollout.replicas import find_replicas, live_replicas, wait_until_served
-from tide_pipeline.rollout.undo import restoring
-from tide_pipeline.rollout.watch import Watch
+from tide_pipeline.rollout.drive import Driver, Report
+from tide_pipeline.rollout.history import (
+    PINNED,
+    PROPOSED,
+    STABLE,
+    began_of,
+    decide_and_append,
+    following,
+    is_under_way,
+    new_build_of,
+    opened,
+    rest_of,
+    workload_of,
+)
+from tide_pipeline.rollout.replicas import find_replicas
 
-Report = Callable[[str], None]
+Decide = Callable[[Deployment | None], Deployment]
+
+
+class Mode(StrEnum):
+    """What becomes of a draft that passed the gate, without a person."""
+
+    OBSERVE = "observe"            # nothing
+    PROPOSE = "propose"            # a proposal in the record
+    AUTO = "auto"                  # a rollout
+
+
+def mode_of(config: TideConfig) -> Mode:
+    """Raises SettingsError for another word."""
+    try:
+        return Mode(config.rollout.mode)
+    except ValueError as error:
+        raise SettingsError(f"rollout.mode is {config.rollout.mode!r}: choose {', '.join(Mode)}") from error
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Who wants which build to serve which workload, and why."""
+
+    build: EngineBuild
+    workload: str
+    who: str
+    reason: str
 
 
 def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str, reason: str,
             progress: Report = lambda text: None) -> Deployment:
-    """Serve `build` for `workload`. Returns the record that stands afterwards: stage "stable", or "rolled_back" with why.
+    """Serve `build` for `workload`. Returns the record that ends the rollout: stage "stable", or "rolled_back" with why.
 
     Raises:
         GateNotPassed: the verdict does not open every door, is of another draft, or the build's bytes changed since.
-        DeploymentConflict: another rollout of this target is under way, or took over from this one.
+        RolloutRefused: what is served is pinned, or replicas have reported and none does now.
+        DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
     check_verdict(config, build, verdict)
-    return _Rollout(config, build, verdict, workload, who, reason, progress).run()
+    wanted = Promotion(build, workload, who, reason)
+    begun = decide_and_append(_record(config), lambda latest: _open(config, latest, wanted))
+    if not is_under_way(begun):                                        # served already, or nobody there to watch
+        return begun
+    progress(f"canary on {', '.join(begun.canary_replicas)}: {build.draft_version}")
+    return Driver(config, who).drive(began_of(begun), progress)
+
+
+def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str,
+            reason: str) -> Deployment:
+    """Write down that `build` could serve `workload`; a later proposal takes its place. Raises as `promote`."""
+    check_verdict(config, build, verdict)
+
+    def decide(latest: Deployment | None) -> Deployment:
+        _refuse_if_held(latest)
+        if _is_served(latest, workload, build.build_id) or _is_proposed(latest, workload, build.build_id):
+            assert latest is not None
+            return latest
+        return opened(latest, config.target, workload, build.build_id, (), who,
+                      f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it")
+
+    return decide_and_append(_record(config), decide)
 
 
 def check_verdict(config: TideConfig, build: EngineBuild, verdict: GateVerdict) -> None:
@@ -53,73 +110,44 @@ def check_verdict(config: TideConfig, build: EngineBuild, verdict: GateVerdict) 
         raise GateNotPassed(f"build {build.build_id} on disk is another draft than the one that was judged: run `tide gate` again")
 
 
-class _Rollout:
-    """One rollout of one build."""
-
-    def __init__(self, config: TideConfig, build: EngineBuild, verdict: GateVerdict, workload: str, who: str, reason: str,
-                 progress: Report) -> None:
-        self.config, self.build, self.verdict, self.workload = config, build, verdict, workload
-        self.who, self.reason, self.progress = who, reason, progress
-        self.record = DeploymentRecord(config.state.deployments, config.target)
-
-    def run(self) -> Deployment:
-        begun = decide_and_append(self.record, self._begin)
-        if begun.stage != CANARY:                                      # served already, or nobody there to watch
-            return begun
-        self.progress(f"canary: waiting for {', '.join(begun.canary_replicas)} to serve {self.build.draft_version}")
-        trouble = wait_until_served(self.config, begun, self.build, begun.canary_replicas)
-        if trouble:
-            return self._undo(begun, begun, trouble)
-        watch = Watch(self.config, self.record, begun, self.build, self.verdict, self.workload)
-        baked = watch.bake(self.progress)
-        if baked.trouble:
-            return self._undo(begun, begun, baked.reason)
-        stable = decide_and_append(self.record, lambda latest: self._settle(latest, begun, baked.reason))
-        self.progress(f"stable: waiting for every replica to serve {self.build.draft_version}")
-        trouble = wait_until_served(self.config, stable, self.build, live_replicas(self.config))
-        return self._undo(stable, begun, trouble) if trouble else stable
-
-    def _begin(self, latest: Deployment | None) -> Deployment:
-        """The canary record: a new one, or the one that a killed rollout of this build left."""
-        if latest is not None and latest.stage == CANARY:
-            is_ours = latest.groups["canary"].get(self.workload) == self.build.build_id
-            if is_ours and set(latest.canary_replicas) <= set(live_replicas(self.config)):
-                return latest
-            if not is_ours and time.time() - latest.created_at < self._longest_s():
-                raise DeploymentConflict(f"deployment {latest.n} by {latest.who} is under way ({latest.reason}): "
-                                         "try again when it has ended, or end it with `tide rollback`")
-        old = rest_of(latest)
-        new = {**old, self.workload: self.build.build_id}
-        if latest is not None and new == old and latest.stage != CANARY:
+def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> Deployment:
+    """The canary record: a new one, or the one that a killed rollout of this build left."""
+    build, workload = wanted.build, wanted.workload
+    if latest is not None and is_under_way(latest):
+        if (new_build_of(latest), workload_of(latest)) == (build.build_id, workload):
             return latest
-        replicas = find_replicas(self.config)
-        if not replicas:
-            return self._next(latest, {"rest": new}, (), STABLE, "no replica was live, so nothing was watched")
-        canary = replicas[0]
-        return self._next(latest, {"rest": old, "canary": new}, (canary,), CANARY, f"canary on {canary} of {len(replicas)}")
+        raise DeploymentConflict(f"deployment {latest.n} by {latest.who} is under way ({latest.reason}): "
+                                 "try again when it has ended, or end it with `tide rollout abort`")
+    _refuse_if_held(latest)
+    if latest is not None and _is_served(latest, workload, build.build_id):
+        return latest
+    title, live = f"{wanted.reason}; {build.draft_version} for {workload!r}", find_replicas(config)
+    if live:
+        canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
+        return opened(latest, config.target, workload, build.build_id, canaries, wanted.who,
+                      f"{title}: canary on {', '.join(canaries)} of {len(live)}")
+    if read_observed(config.state.observed, config.target):
+        raise RolloutRefused(f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: "
+                             "nobody could be watched, look at `tide status`")
+    return following(latest, config.target, {"rest": {**rest_of(latest), workload: build.build_id}}, (), STABLE, wanted.who,
+                     f"{title}: no replica was live, so nothing was watched")
 
-    def _settle(self, latest: Deployment | None, begun: Deployment, why: str) -> Deployment:
-        """Every replica serves the new draft. Raises DeploymentConflict when the canary is not what is wanted any more."""
-        if latest is None or latest.n != begun.n:
-            raise DeploymentConflict(f"deployment {begun.n} was replaced while it baked: {latest.reason if latest else 'no record'}")
-        return self._next(latest, {"rest": begun.groups["canary"]}, (), STABLE, why)
 
-    def _undo(self, failed: Deployment, begun: Deployment, why: str) -> Deployment:
-        """Restore what was served before; somebody else's later record stands."""
-        self.progress(f"rolling back: {why}")
+def _refuse_if_held(latest: Deployment | None) -> None:
+    if latest is not None and is_under_way(latest):
+        raise DeploymentConflict(f"deployment {latest.n} by {latest.who} is under way ({latest.reason}): "
+                                 "try again when it has ended, or end it with `tide rollout abort`")
+    if latest is not None and latest.hold == PINNED:
+        raise RolloutRefused(f"what serves {latest.target} was pinned by {latest.who} ({latest.reason}): `tide rollout unpin` first")
 
-        def decide(latest: Deployment | None) -> Deployment:
-            if latest is not None and latest.n != failed.n:
-                return latest
-            return restoring(self.config.target, latest, rest_of(begun), self.who, f"{self.build.draft_version} rolled back: {why}")
 
-        return decide_and_append(self.record, decide)
+def _is_served(latest: Deployment | None, workload: str, build_id: str) -> bool:
+    return rest_of(latest).get(workload) == build_id and not is_under_way(latest)
 
-    def _next(self, latest: Deployment | None, groups: dict[str, dict[str, str]], canaries: tuple[str, ...], stage: str,
-              why: str) -> Deployment:
-        text = f"{self.reason}; {self.build.draft_version} for {self.workload!r}: {why}"
-        return Deployment(next_n(latest), self.config.target, groups, canaries, stage, self.who, text, time.time())
 
-    def _longest_s(self) -> float:
-        """A canary older than this has nobody who drives it."""
-        return 2 * self.config.rollout.max_bake_s + self.config.rollout.heartbeat_s
+def _is_proposed(latest: Deployment | None, workload: str, build_id: str) -> bool:
+    return latest is not None and latest.stage == PROPOSED and (new_build_of(latest), workload_of(latest)) == (build_id, workload)
+
+
+def _record(config: TideConfig) -> DeploymentRecord:
+    return DeploymentRecord(config.state.deployments, config.target)

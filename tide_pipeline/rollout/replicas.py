@@ -1,22 +1,23 @@
-"""Which replicas are alive, and whether they serve what they should. Reads observed state; asks no replica."""
+"""How replicas stand to a deployment: alive, serving it, with which trouble. Reads observed state; asks no replica."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.contracts import Deployment, EngineBuild, ObservedState
+from tide_pipeline.contracts import Deployment, ObservedState
 from tide_pipeline.deployment.record import read_observed
 
 POLL_S = 0.2
 ERROR_GRACE_S = 8.0                # a draft agent tries a build again after 5 s: only an error that outlives that counts
 
+Digests = Mapping[str, str]        # build id -> digest of its draft
+
 
 def live_replicas(config: TideConfig) -> dict[str, ObservedState]:
     """Those whose last report is fresh."""
-    oldest = time.time() - config.rollout.heartbeat_s
-    return {name: state for name, state in read_observed(config.state.observed, config.target).items() if state.at >= oldest}
+    return fresh(read_observed(config.state.observed, config.target), config.rollout.heartbeat_s, time.time())
 
 
 def find_replicas(config: TideConfig) -> list[str]:
@@ -27,27 +28,38 @@ def find_replicas(config: TideConfig) -> list[str]:
     return sorted(live)
 
 
-def serves(state: ObservedState, deployment: Deployment, build: EngineBuild) -> bool:
-    """Whether a replica has applied this deployment (or a later one) and holds the new build with the right bytes."""
-    wanted = deployment.drafts_for(state.replica)
-    right_bytes = all(state.draft_digests.get(tag) == build.draft_digest for tag, build_id in wanted.items() if build_id == build.build_id)
-    return state.deployment >= deployment.n and state.drafts == wanted and right_bytes
+def fresh(replicas: Mapping[str, ObservedState], heartbeat_s: float, now: float) -> dict[str, ObservedState]:
+    return {name: state for name, state in replicas.items() if now - state.at <= heartbeat_s}
 
 
-def wait_until_served(config: TideConfig, deployment: Deployment, build: EngineBuild, replicas: Collection[str]) -> str:
-    """"" when every replica serves the deployment, else which one does not and why. Waits at most `rollout.max_bake_s`."""
-    give_up = time.monotonic() + config.rollout.max_bake_s
-    while True:
-        live = live_replicas(config)
-        late = [name for name in sorted(replicas) if name not in live or not serves(live[name], deployment, build)]
-        if not late:
-            return ""
-        failed = [f"{name}: {live[name].error}" for name in late if name in live and live[name].error
-                  and live[name].at > deployment.created_at + ERROR_GRACE_S]
-        if failed:
-            return "; ".join(failed)
-        if time.monotonic() > give_up:
-            silent = [name for name in late if name not in live]
-            return (f"{', '.join(late)} did not serve deployment {deployment.n} within {config.rollout.max_bake_s:.0f} s"
-                    + (f" ({', '.join(silent)} stopped reporting)" if silent else ""))
-        time.sleep(POLL_S)
+def serves(state: ObservedState, deployment: Deployment, digests: Digests) -> bool:
+    """Whether a replica has applied this deployment (or a later one), with the right bytes."""
+    return has_applied(state, deployment) and not other_bytes(state, deployment, digests)
+
+
+def has_applied(state: ObservedState, deployment: Deployment) -> bool:
+    return state.deployment >= deployment.n and state.drafts == deployment.drafts_for(state.replica)
+
+
+def other_bytes(state: ObservedState, deployment: Deployment, digests: Digests) -> str:
+    """What a replica says it serves under a build's name that is not that build; "" when all is right."""
+    for tag, build_id in state.drafts.items():
+        known, found = digests.get(build_id, ""), state.draft_digests.get(tag, "")
+        if known and build_id in deployment.drafts_for(state.replica).values() and found != known:
+            return f"digest mismatch: {state.replica} serves {found[:12] or 'nothing'} as build {build_id}, recorded {known[:12]}"
+    return ""
+
+
+def trouble_of(name: str, state: ObservedState | None, deployment: Deployment, digests: Digests, now: float, *, heartbeat_s: float,
+               timeout_s: float) -> str:
+    """Why a replica that should serve the new draft speaks against it; "" when nothing does (yet)."""
+    age = now - deployment.created_at
+    if state is None or now - state.at > heartbeat_s:
+        return f"{name} stopped reporting" if age > heartbeat_s or state is None else ""
+    if state.deployment >= deployment.n and (wrong := other_bytes(state, deployment, digests)):
+        return wrong
+    if has_applied(state, deployment):
+        return ""
+    if state.error and state.at > deployment.created_at + ERROR_GRACE_S:
+        return f"{name}: {state.error}"
+    return f"{name} did not serve deployment {deployment.n} within {timeout_s:.0f} s" if age > timeout_s else ""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import NothingToRollBack
-from tide_pipeline.rollout.history import CANARY, ROLLED_BACK, Drafts, decide_and_append, next_n, rest_of, served_states
+from tide_pipeline.rollout.history import PROPOSED, Drafts, decide_and_append, is_under_way, rest_of, restored, served_states
 
 
 def rollback(config: TideConfig, *, who: str, reason: str) -> Deployment:
@@ -25,20 +23,15 @@ def rollback(config: TideConfig, *, who: str, reason: str) -> Deployment:
         before = _before(record, latest)
         for build_id in before.values():
             load_build(config.state.builds, config.target, build_id)
-        return restoring(config.target, latest, before, who, reason)
+        return restored(latest, config.target, before, who, reason)
 
     return decide_and_append(record, decide)
-
-
-def restoring(target: str, latest: Deployment | None, drafts: Drafts, who: str, reason: str) -> Deployment:
-    """The record that puts `drafts` back for every replica."""
-    return Deployment(next_n(latest), target, {"rest": drafts}, (), ROLLED_BACK, who, reason, time.time())
 
 
 def _before(record: DeploymentRecord, latest: Deployment | None) -> Drafts:
     if latest is None:
         raise NothingToRollBack(f"nothing of {record.target} was ever deployed")
-    if latest.stage == CANARY:
+    if is_under_way(latest) or latest.stage == PROPOSED:
         return rest_of(latest)
     states = served_states([d for d in record.history() if d.n <= latest.n])
     if len(states) < 2:

@@ -1,4 +1,4 @@
-"""The local stack: MLflow, one Triton replica and Dagster, started together and stopped together.
+"""The local stack: MLflow, Triton replicas behind a front, and Dagster, started together and stopped together.
 
     stack = LocalStack.up(config, say=print)      the stack of a state directory; one that is up already is taken as it is
     stack = LocalStack.running(config.state)      None when there is none
@@ -18,10 +18,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tide_pipeline import recipes
-from tide_pipeline.config import StatePaths, TideConfig, override, project_root
+from tide_pipeline.config import StackSettings, StatePaths, TideConfig, override, project_root
 from tide_pipeline.errors import StackError
 from tide_pipeline.provenance import write_atomic
 from tide_pipeline.serve.front.replicas import ReplicaSpec, write_replicas
@@ -33,6 +34,7 @@ from tide_pipeline.stack.services import DEFINITIONS, Place
 
 Say = Callable[[str], None]
 PORTS = ("front_port", "triton_http_port", "triton_grpc_port", "triton_metrics_port", "mlflow_port", "dagster_port", "dagster_code_port")
+TRITON_PORTS = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
 PARTS = ("mlflow", "replica", "dagster")
 
 
@@ -133,6 +135,7 @@ class _Starter:
         self.place, self.say, self.bound = place, say, bound
         self.config, self.state = place.config, place.config.state
         self.timeout_s = self.config.stack.start_timeout_s
+        self.replicas: list[ReplicaSpec] = []
         self.record = StackRecord(place.stack_id, self.config.target, str(place.config_file), time.time(), place.urls, ())
 
     def run(self, parts: Sequence[str]) -> None:
@@ -142,14 +145,15 @@ class _Starter:
             if said_instead := self._run(services.dagster_storage(self.place), services.STORED):
                 raise StackError(f"Dagster's storage could not be created: {said_instead}")
             code, web = self._start(services.dagster_code(self.place)), self._start(services.dagster_web(self.place))
-        replica = self._replica() if "replica" in parts else None
+        replicas = self._replicas() if "replica" in parts else {}
         if "dagster" in parts:
             daemon = self._await_dagster(code, web)
         if mlflow is not None:
             wait_until(lambda: probes.answers(f"{self.place.urls['mlflow']}/health", "OK"), mlflow, self.timeout_s)
             self._ready("mlflow", began)
-        if replica is not None:
-            wait_until(lambda: probes.supervisor_is_ready(self.place.replica_state_file), replica, self.timeout_s)
+        for name, ref in replicas.items():
+            wait_until(partial(probes.supervisor_is_ready, self.place.replica_state_file(name)), ref, self.timeout_s)
+        if replicas:
             front = self._front()
             wait_until(lambda: probes.answers(f"{self.place.urls['triton']}/v2/health/ready"), front, self.timeout_s)
             self._ready("triton", began)
@@ -167,16 +171,34 @@ class _Starter:
         record.save(self.state, self.record)
         return ref
 
-    def _replica(self) -> ProcessRef:
+    def _replicas(self) -> dict[str, ProcessRef]:
+        """Name -> its supervisor."""
         from tide_pipeline.rollout.initial import ensure_initial  # imports torch
 
         deployment = ensure_initial(self.config)
         self.say(f"deployment {deployment.n}: {deployment.reason}" if deployment else "serving without a draft: the engine ships none")
-        self.place.replica_state_file.unlink(missing_ok=True)
-        return self._start(services.replica(self.place))
+        self.replicas = [ReplicaSpec(name, url) for name, url in zip(self.config.serve.replica_names, self._urls(), strict=True)]
+        started = {}
+        for spec in self.replicas:
+            self.place.replica_state_file(spec.name).unlink(missing_ok=True)
+            started[spec.name] = self._start(services.replica(self.place, spec.name, self._settings_of(spec.name)))
+        return started
+
+    def _urls(self) -> list[str]:
+        """Of each replica's HTTP port. The first has the ports of the settings, the others free ones, frozen in files of their own."""
+        urls = [self.place.urls["triton_replica"]]
+        for name in self.config.serve.replica_names[1:]:
+            ports = dict(zip(TRITON_PORTS, choose_ports(StackSettings(host=self.config.stack.host), TRITON_PORTS), strict=True))
+            recipes.freeze(override(self.config, {"stack": ports, "serve": {"replica": name}}), self._settings_of(name))
+            urls.append(f"http://{self.place.near}:{ports['triton_http_port']}")
+        return urls
+
+    def _settings_of(self, name: str) -> Path:
+        first = name == self.config.serve.replica_names[0]
+        return self.place.config_file if first else self.place.config_file.with_name(f"settings-{name}.toml")
 
     def _front(self) -> ProcessRef:
-        write_replicas(self.place.replicas_file, [ReplicaSpec(self.config.serve.replica, self.place.urls["triton_replica"])])
+        write_replicas(self.place.replicas_file, self.replicas)
         self.place.front_state_file.unlink(missing_ok=True)
         return self._start(services.front(self.place))
 

@@ -1,8 +1,8 @@
 """What the local stack runs: command line, environment, niceness and readiness of each part. Starts nothing.
 
     mlflow           tracking server and registry on SQLite; artifacts are plain files beside it
-    replica          the supervisor of one Triton, with the engine in it
-    front            what clients talk to: checks requests, passes them on to the replica
+    replica          the supervisor of one Triton, with the engine in it; `serve.replicas` of them, replica_1 and so on
+    front            what clients talk to: checks requests, passes them on to the replicas
     dagster_code     the code server that webserver, daemon and `dagster job launch` share; runs are its children
     dagster_web      the webserver
     dagster_daemon   sensors, run queue, run monitoring
@@ -54,9 +54,8 @@ class Place:
                 "mlflow": f"http://{near}:{s.mlflow_port}", "dagster": f"http://{near}:{s.dagster_port}",
                 "dagster_code": f"{near}:{s.dagster_code_port}"}
 
-    @property
-    def replica_state_file(self) -> Path:
-        return self.config.state.root / "replica.json"
+    def replica_state_file(self, name: str) -> Path:
+        return self.config.state.root / f"{name}.json"
 
     @property
     def front_state_file(self) -> Path:
@@ -99,9 +98,12 @@ def mlflow_server(place: Place) -> Service:
                     "--default-artifact-root", (state.mlflow / "artifacts").as_uri(), "--no-serve-artifacts")
 
 
-def replica(place: Place) -> Service:
-    return _service(place, "replica", "tide_pipeline.serve.supervisor", "--config", str(place.config_file),
-                    "--state-file", str(place.replica_state_file), "--replicas-file", str(place.replicas_file), nice=0)
+def replica(place: Place, name: str, config_file: Path) -> Service:
+    """`config_file` is the stack's; of a second replica the same with ports of its own."""
+    first = name == place.config.serve.replica_names[0]
+    return _service(place, "replica" if first else name.replace("-", "_"), "tide_pipeline.serve.supervisor", "--config", str(config_file),
+                    "--state-file", str(place.replica_state_file(name)), "--replica", name,
+                    "--replicas-file", str(place.replicas_file), nice=0)
 
 
 def front(place: Place) -> Service:
