@@ -86,7 +86,7 @@ def test_states_reach_the_lake_bit_for_bit(tmp_path: Path, on_path: None) -> Non
         metrics = replica.client.metrics()
     assert value(metrics, "tide_capture_faults_total") == 0 and value(metrics, "tide_first_position_rate", "v1-one") > 0
     codec, known = TextCodec(place.config.engine_dir / "target"), KnownNetwork(place)
-    found = {window.request_id: states for window, states in read(place)}
+    found = {states.window.request_id: states for states in read_states(list_windows(place.config.state.signals, "tiny").windows)}
     assert found.keys() == {request.request_id for request in requests}
     for request, result in zip(requests, results, strict=True):
         states, prompt = found[request.request_id], codec.encode(request.prompt)
@@ -95,10 +95,6 @@ def test_states_reach_the_lake_bit_for_bit(tmp_path: Path, on_path: None) -> Non
         assert result.text == plain_text(place, request) and result.draft_version == states.window.draft_version == "v1-one"
         assert states.token_ids.tolist() == text[start:] and states.final_TD is None
         assert torch.equal(states.taps_TG, known.states(text[:-1], start)) and len(states.rejected_R2) > 0
-
-
-def read(place: Place):  # type: ignore[no-untyped-def]
-    return read_states(list_windows(place.config.state.signals, "tiny").windows)
 
 
 def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path: Path, on_path: None) -> None:
