@@ -75,12 +75,10 @@ def watched(layout: Layout, line: str) -> Iterator[tuple[Any, list[Seen]]]:
         yield package, seen
 
 
-def complaints(layout: Layout, line: str, *, schedule: bool = True, **arguments: Any) -> list[str]:
+def complaints(layout: Layout, line: str, **arguments: Any) -> list[str]:
     """Empty when the layout reads every pass right."""
     with watched(layout, line) as (package, seen):
-        speculative: dict[str, Any] = {"max_draft_len": DRAFT_LENGTH, "speculative_model": "draft"}
-        if schedule:
-            speculative["draft_len_schedule"] = SCHEDULES[layout.schedule]
+        speculative = {"max_draft_len": DRAFT_LENGTH, "speculative_model": "draft", "draft_len_schedule": SCHEDULES[layout.schedule]}
         try:
             llm = package.LLM(model="m", **{"max_batch_size": 8, "max_num_tokens": 64, "speculative_config": speculative} | arguments)
         except ValueError as error:
@@ -106,6 +104,7 @@ def _wrong(layout: Layout, seen: list[Seen], told: dict[int, Told], network: Any
     done: dict[int, int] = defaultdict(int)                        # emitted tokens by client
     for this in seen:
         yield from _shapes(layout, this)
+        yield from _draft_length(layout, this)
         try:
             rows = list(_rows(layout, this, told, done))
         except IndexError as error:
@@ -117,6 +116,18 @@ def _wrong(layout: Layout, seen: list[Seen], told: dict[int, Told], network: Any
                 yield f"request {client}, position {position}: not in row {row}"
     yield from (f"request {client}: {done[client]} of {len(it.tokens) - it.prompt} tokens" for client, it in told.items()
                 if done[client] != len(it.tokens) - it.prompt)
+
+
+def _draft_length(layout: Layout, this: Seen) -> Iterator[str]:
+    """Where it follows the schedule, it must be what the schedule says for this batch."""
+    if layout.draft_length != "runtime_draft_len":
+        return
+    schedule, size = SCHEDULES[layout.schedule], len(this.contexts) + len(this.generations)
+    up_to = [schedule[key] for key in sorted(schedule) if size <= key]
+    since = [schedule[key] for key in sorted(schedule) if size >= key]
+    expected = (up_to or [0])[0] if layout.schedule == "up to" else since[-1]
+    if this.draft_length != expected:
+        yield f"schedule: {this.draft_length} drafts for a batch of {size}, expected {expected}"
 
 
 def _shapes(layout: Layout, this: Seen) -> Iterator[str]:

@@ -113,7 +113,8 @@ def test_a_missing_file_is_named(config: TideConfig, build: EngineBuild) -> None
 def test_reading_and_verifying_needs_no_torch(config: TideConfig, build: EngineBuild) -> None:
     code = ("import sys; sys.modules['torch'] = None; from pathlib import Path; from tide_pipeline.deployment.builds import load_build; "
             "print(load_build(Path(sys.argv[1]), 'small', sys.argv[2]).draft_digest)")
-    done = subprocess.run([sys.executable, "-c", code, str(config.state.builds), build.build_id], capture_output=True, text=True, check=True,
+    line = [sys.executable, "-c", code, str(config.state.builds), build.build_id]
+    done = subprocess.run(line, capture_output=True, text=True, check=True,
                           timeout=500, cwd=Path(__file__).resolve().parents[2])
     assert done.stdout.strip() == build.draft_digest
 

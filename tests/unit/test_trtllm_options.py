@@ -85,7 +85,7 @@ def test_a_missing_field_is_told_with_what_to_do(model: str, field: str, spec: E
 
 def test_a_renamed_field_is_followed_by_its_alias(spec: EngineSpec, config: TideConfig) -> None:
     installed = {"Eagle3DecodingConfig": {"decoding_type", "max_draft_len", "eagle3_layers_to_capture", "speculative_model_dir"}}
-    found = llm_arguments(spec, config, load_table("1.3"), draft="d", installed=installed)
+    found = llm_arguments(spec, config, load_table("1.2"), draft="d", installed=installed)
     assert found["speculative_config"]["speculative_model_dir"] == "d" and "speculative_model" not in found["speculative_config"]
 
 

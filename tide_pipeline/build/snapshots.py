@@ -12,7 +12,7 @@ from tide_pipeline.config import EngineSpec, TideConfig
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 
 DRAFT_FILES = "config.json model.safetensors"
-TARGET_FILES = "*.json *.safetensors"
+TARGET_FILES = "'*.json' '*.safetensors' --exclude 'original/*' 'metal/*'"      # gpt-oss and Llama hold their weights twice
 
 
 def fetch_line(repo: str, revision: str, files: str, folder: Path) -> str:

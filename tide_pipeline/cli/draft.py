@@ -110,7 +110,7 @@ def build(
     if trtllm is not None:
         config = override(config, {"serve": {"trtllm": trtllm}})
     if backend is not None and backend != spec.backend:
-        raise InvalidRequest(f"engine {spec.name} is for backend {spec.backend!r}, not {backend!r}: name another engine with --engine "
+        raise InvalidRequest(f"engine {spec.name} is for backend {spec.backend!r}, not {backend.value!r}: name another with --engine "
                              "(`tide engines list`), or leave --backend out")
     if version is None and draft is None and spec.backend == "embedded":
         raise InvalidRequest("say what to build: either --version N or --draft DIR")

@@ -165,7 +165,9 @@ def _returned(function: Function) -> Iterator[set[str]]:
 def _contents(scope: ast.AST | None, fact: Fact) -> Iterator[str]:
     if not fact.contains:
         return
-    there = {_dump(node) for node in ast.walk(scope) if isinstance(node, ast.expr)} if scope else set()
+    nodes = list(ast.walk(scope)) if scope else []
+    terms = {id(side) for node in nodes if isinstance(node, ast.BinOp) for side in (node.left, node.right)}
+    there = {_dump(node) for node in nodes if isinstance(node, ast.expr) and id(node) not in terms}    # whole: `x` is not said by `x + 1`
     yield from (f"nowhere does it say {text}" for text in fact.contains if _dump(ast.parse(text, mode="eval").body) not in there)
 
 
