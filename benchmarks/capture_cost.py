@@ -48,8 +48,15 @@ class Switch:
 
     def __init__(self, sinks: Mapping[str, Sink]) -> None:
         self.sinks, self.current, self.rows = dict(sinks), OFF, dict.fromkeys(sinks, 0)
+        self._ring: TapRing | None = None
+
+    def turn(self, name: str) -> None:
+        """An engine without a sink keeps no rows either."""
+        assert self._ring is not None
+        self.current, self._ring.is_read = name, name != OFF
 
     def attach(self, ring: TapRing, engine_digest: str) -> None:
+        self._ring = ring
         for sink in self.sinks.values():
             sink.attach(ring, engine_digest)
 
@@ -79,7 +86,7 @@ class Bench:
         def before(name: str, _round: int) -> None:
             if settle_between:
                 self.settle()
-            self.switch.current = name
+            self.switch.turn(name)
 
         works = {name: self._work(name) for name in (RECORDING, OFF)}
         blocks = alternate(works, rounds, start=start, before=before)

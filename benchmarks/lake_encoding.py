@@ -39,6 +39,7 @@ from torch import Tensor
 from tide_pipeline.capture.encode import signals_tables
 from tide_pipeline.capture.names import new_shard
 from tide_pipeline.capture.reader import list_windows, read_states
+from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA
 from tide_pipeline.capture.shard import write_shard
 from tide_pipeline.capture.store import open_store
@@ -190,8 +191,8 @@ def encodings(states: Tensor, rounds: int, folder: Path) -> list[dict[str, Any]]
 def against_raw(states: Tensor, pairs: int, folder: Path) -> dict[str, Any]:
     """Wall time of the lake's writer over that of write and fsync of the same bytes; then reading with every check."""
     hidden = states.shape[1] // 4
-    windows = [ClosedWindow(f"r{i}", "t", "w", "v1", "e", "auto", SamplingParams(), 4, "0" * 32, 0, [1] * (len(rows) + 1), [], rows,
-                            hidden, 3, True, time.time()) for i, rows in enumerate(states.split(WINDOW_ROWS))]
+    windows = [ClosedWindow(f"r{i}", "t", "w", "v1", "e", "auto", SamplingParams(), 4, "0" * 32, 0, [1] * (len(rows) + 1), [],
+                            [words_of(rows)], hidden, 3, True, time.time()) for i, rows in enumerate(states.split(WINDOW_ROWS))]
     store, ratios, lake_s, raw_s = open_store(folder / "lake"), [], [], []
     raw_bytes = _bytes(states).tobytes()
     for pair in range(pairs):

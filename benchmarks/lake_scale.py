@@ -41,6 +41,7 @@ from options import finish, parser, settle
 from tide_pipeline.capture.encode import signals_tables
 from tide_pipeline.capture.names import target_folder
 from tide_pipeline.capture.reader import count_rows, list_windows
+from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.capture.shard import write_shard, write_successor
 from tide_pipeline.capture.store import Store, open_store
@@ -123,7 +124,7 @@ def make_signals(store: Store, now: float, shards: int, windows: int = 8, hidden
     for i in range(shards):
         at = now - 10.0 * i
         made = [ClosedWindow(f"request-{i}-{j}", "acme", WORKLOADS[j % 4], "v1", "0" * 64, "auto", SamplingParams(), 4, f"{i:016x}{j:016x}",
-                             0, [1] * (rows + 1), [], states, hidden, 3, True, at - 1 - 0.1 * j) for j in range(windows)]
+                             0, [1] * (rows + 1), [], [words_of(states)], hidden, 3, True, at - 1 - 0.1 * j) for j in range(windows)]
         write_shard(store, key_at(at, "replica-0"), TARGET, SIGNALS_SCHEMA, signals_tables(made))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
+from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.windows import ClosedWindow, prompt_digest
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
@@ -107,8 +108,8 @@ def to_lake(config: TideConfig, windows: list[WindowStates], lake: Path | None =
         s, rejected = w.window, [(position, token) for position, token in w.rejected_R2.tolist()]
         assert writer.offer_window(ClosedWindow(
             s.request_id, s.tenant, s.workload, s.draft_version, s.engine_digest, "auto", SamplingParams(temperature=s.temperature),
-            s.num_prompt_tokens, s.prompt_digest, s.start_pos, w.token_ids.tolist(), rejected, rows, DIMENSIONS["hidden_size"], 3,
-            w.final_TD is not None, s.closed_at))
+            s.num_prompt_tokens, s.prompt_digest, s.start_pos, w.token_ids.tolist(), rejected, [words_of(rows)],
+            DIMENSIONS["hidden_size"], 3, w.final_TD is not None, s.closed_at))
     assert writer.flush()
     writer.close()
 

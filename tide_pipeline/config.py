@@ -156,6 +156,16 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """What the lake's maintenance lets go of; 0 keeps for ever."""
+
+    signal_days: float = 0.0           # age of signals
+    acceptance_days: float = 0.0       # age of the acceptance log
+    signal_gb: float = 0.0             # the oldest signals above it go, of all targets together
+    tenant_days: tuple[str, ...] = ()  # such as ["acme=7"]: an age for one tenant's rows
+
+
+@dataclass(frozen=True)
 class StackSettings:
     """The local stack. Port 0 means any free port; everything listens on loopback."""
 
@@ -186,6 +196,7 @@ class TideConfig:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
     stack: StackSettings = field(default_factory=StackSettings)
 
     @property

@@ -7,6 +7,7 @@ from tide_pipeline.defs.drift_sensor import drift_sensor
 from tide_pipeline.defs.janitor import janitor_sensor
 from tide_pipeline.defs.jobs import adapt_draft, observe_lake, rollback
 from tide_pipeline.defs.lake import acceptance_log, signal_windows
+from tide_pipeline.defs.maintenance import JOBS, SCHEDULES
 from tide_pipeline.defs.promotion import benchmark_report, challenger_beats_champion, live_draft
 from tide_pipeline.defs.resources import TideResource
 
@@ -16,7 +17,8 @@ def defs() -> dg.Definitions:
     return dg.Definitions(
         assets=[acceptance_log, signal_windows, draft_checkpoint, registered_draft, draft_engine, benchmark_report, live_draft],
         asset_checks=[challenger_beats_champion],
-        jobs=[adapt_draft, rollback, observe_lake],
+        jobs=[adapt_draft, rollback, observe_lake, *JOBS],
+        schedules=SCHEDULES,
         sensors=[drift_sensor, janitor_sensor],
         resources={"tide": TideResource(), "trainer": dg.PipesSubprocessClient()},
         executor=dg.in_process_executor,       # steps are short; what is long or uses a GPU is a process of its own

@@ -34,6 +34,9 @@ def _snapshot() -> dict[str, Any]:
         "checks": {key.to_user_string(): {"blocking": graph.get(key).blocking} for key in sorted(graph.asset_check_keys, key=str)},
         "jobs": {name: {"ops": sorted(node.name for node in job.graph.nodes), "executor": job.executor_def.name, "tags": dict(job.tags)}
                  for name, job in sorted(jobs.items())},
+        "schedules": {schedule.name: {"cron": schedule.cron_schedule, "starts": schedule.default_status.value,
+                                      "launches": schedule.job_name}
+                      for schedule in sorted(repository.schedule_defs, key=lambda schedule: schedule.name)},
         "sensors": {sensor.name: {"every_s": sensor.minimum_interval_seconds, "starts": sensor.default_status.value,
                                   "launches": [target.job_name for target in sensor.targets]}
                     for sensor in sorted(repository.sensor_defs, key=lambda sensor: sensor.name)},

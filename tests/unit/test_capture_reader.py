@@ -19,7 +19,8 @@ from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, 
 from tide_pipeline.capture.names import SUPERSEDES_KEY, sealed, successor, written_at
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.capture.schema import bf16_bytes, bf16_tensor
+from tide_pipeline.capture.rows import words_of, write_words
+from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Store
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, LakeError, NotEnoughSignals
@@ -193,7 +194,8 @@ def test_a_compacted_shard_stands_for_what_it_supersedes(tmp_path: Path) -> None
 def test_bf16_survives_bit_for_bit() -> None:
     every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(256, 256)
     out = bytearray(every.numel() * 2)
-    bf16_bytes(every, np.frombuffer(out, np.uint8))
+    words = words_of(every)
+    write_words([words[:100], words[100:]], slice(None), np.frombuffer(out, np.uint8))
     assert out[:4] == b"\x00\x80\x01\x80"                # little-endian, NaNs and infinities included
     assert torch.equal(bf16_tensor(out, 256).view(torch.int16), every.view(torch.int16))
 

@@ -144,7 +144,7 @@ def test_states_are_stored_plain_and_without_statistics(recorder: Recorder, tmp_
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     for name, column in columns.items():
         is_state = name in ("taps", "final")
-        assert column.compression == ("UNCOMPRESSED" if is_state else "ZSTD"), name
+        assert column.compression == ("UNCOMPRESSED" if is_state else "LZ4"), name
         if is_state or name == "prompt_digest" or "token" in name.split(".")[0]:
             assert column.statistics is None, name
     assert columns["workload"].statistics is not None

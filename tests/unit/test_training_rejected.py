@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,9 +56,9 @@ def test_what_the_engine_tells_reaches_the_row_that_was_wrong(config: TideConfig
     prompt = tuple(range(20, 28))
     opened = RequestOpened("r", "de", "t", prompt, SamplingParams(), "auto")
     assembler = WindowAssembler(opened, RowShape(32, 3, True, "digest"), closed.append, lambda: 1.0)
-    assembler.add(StepEvent("r", StepKind.PREFILL, 0, prompt, (28,), (), 0, "v", 0, 1, 1.0, None), torch.zeros(8, 128).bfloat16())
+    assembler.add(StepEvent("r", StepKind.PREFILL, 0, prompt, (28,), (), 0, "v", 0, 1, 1.0, None), np.zeros((8, 128), np.int16))
     verify = StepEvent("r", StepKind.VERIFY, 8, (28, 29), (29, 30), (29, 50, 51, 52), 1, "v", 4, 1, 1.0, None)
-    assembler.add(verify, torch.zeros(2, 128).bfloat16())
+    assembler.add(verify, np.zeros((2, 128), np.int16))
     assembler.close()
     (window,) = closed
     assert window.rejected == [(10, 50)] and window.token_ids[10] == 30

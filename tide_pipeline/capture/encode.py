@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, bf16_bytes, token_bytes
+from tide_pipeline.capture.rows import write_words
+from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, token_bytes
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.contracts import SCHEMA_VERSION, AcceptanceRow
 
-GROUP_BYTES = 32 * 2**20           # of states per row group: what a reader holds at a time
+GROUP_BYTES = 4 * 2**20            # of states per row group: what a reader holds at a time, and what stays in a cache on its way
 
 _TEXT = ("request_id", "workload", "tenant", "replica", "engine_digest", "draft_version", "speculation", "finish_reason")
 
@@ -58,9 +59,9 @@ def _signals_table(windows: Sequence[ClosedWindow]) -> Any:
     digests = []
     for i, window in enumerate(windows):
         width_G = window.num_taps * window.hidden_size
-        bf16_bytes(window.rows_TW[:, :width_G], taps.cell(i))
+        write_words(window.words, slice(width_G), taps.cell(i))
         if window.with_final:
-            bf16_bytes(window.rows_TW[:, width_G:], final.cell(i))
+            write_words(window.words, slice(width_G, None), final.cell(i))
         digests.append(window_digest(window.token_ids, taps.cell(i), final.cell(i) if window.with_final else None))
     columns: dict[str, Any] = {name: [_text(getattr(w, name)) for w in windows]
                                for name in ("request_id", "tenant", "workload", "draft_version", "engine_digest", "speculation",

@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tide_pipeline.capture.blocks import AcceptanceBlocks
 from tide_pipeline.capture.control import CollectionControl
 from tide_pipeline.capture.store import Root
 from tide_pipeline.capture.windows import MAX_ROWS, ClosedWindow, RowShape, WindowAssembler
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings
-from tide_pipeline.contracts import FinishReason, RequestClosed, RequestOpened, StepEvent, TapHandle
+from tide_pipeline.contracts import FinishReason, RequestClosed, RequestOpened, StepEvent
 from tide_pipeline.engine.taps import TapRing
 
 _log = logging.getLogger(__name__)
@@ -64,18 +62,17 @@ class Recorder:
             self._count_error("on_open", error)
 
     def on_step(self, events: Sequence[StepEvent]) -> None:
-        known = [(event, request) for event in events if (request := self._requests.get(event.request_id)) is not None]
-        try:
-            rows = self._copied([event.taps for event, request in known if request.windows is not None and event.taps is not None])
-        except Exception as error:
-            self._give_up([request for _, request in known], error)
-        for event, request in known:
+        for event in events:
+            request = self._requests.get(event.request_id)
+            if request is None:
+                continue
             try:
                 request.blocks.add(event)
                 if request.windows is not None:
-                    request.windows.add(event, None if event.taps is None else rows(event.taps))
+                    request.windows.add(event, None if event.taps is None or self._ring is None else self._ring.words(event.taps))
             except Exception as error:
-                self._give_up([request], error)
+                request.windows = None
+                self._count_error("on_step", error)
 
     def on_close(self, closed: RequestClosed) -> None:
         request = self._requests.pop(closed.request_id, None)
@@ -109,17 +106,6 @@ class Recorder:
         """Counters since start, the writer's state, and per workload whether it is being collected."""
         return {"captured_tokens": self._captured_tokens, "recorder_errors": self._errors, **self._writer.stats(), **self._control.state()}
 
-    def _copied(self, handles: Sequence[TapHandle]) -> Callable[[TapHandle], Tensor]:
-        """A step's rows lie side by side in the ring: one copy for all requests that are collected, and a view for each."""
-        def rows(handle: TapHandle) -> Tensor:
-            return rows_NW[handle.start - first : handle.stop - first]
-
-        if handles:
-            assert self._ring is not None
-            first, last = min(handle.start for handle in handles), max(handle.stop for handle in handles)
-            rows_NW = self._ring.rows(TapHandle(handles[0].slot, first, last)).clone()
-        return rows
-
     def _open(self, opened: RequestOpened) -> None:
         self._tell_drafts_changed()
         collect = self._ring is not None and self._control.should_collect(opened.workload, opened.tenant, self._clock())
@@ -139,11 +125,6 @@ class Recorder:
         if self._control_epoch != self._epoch:
             self._control_epoch = self._epoch
             self._control.on_draft_changed()
-
-    def _give_up(self, requests: Sequence[_Request], error: Exception) -> None:
-        for request in requests:
-            request.windows = None
-        self._count_error("on_step", error)
 
     def _count_error(self, where: str, error: Exception) -> None:
         self._errors += 1

@@ -18,6 +18,8 @@ from tide_pipeline.capture.rewrite import remove
 from tide_pipeline.capture.store import Root, Store, Stored, open_store
 from tide_pipeline.capture.sweep import DATASETS, LEFTOVER_S, SETTLE_S, SIGNALS, Dataset, Swept, sweep, take_out
 from tide_pipeline.capture.tombstones import Tombstones, hashed
+from tide_pipeline.config import RetentionSettings
+from tide_pipeline.errors import SettingsError
 
 DAY_S = 86_400.0
 
@@ -30,6 +32,20 @@ class Retention:
     acceptance_age_s: float | None = None
     signals_bytes: int | None = None                               # of all targets together, superseded shards included
     tenant_age_s: Mapping[str, float] = field(default_factory=dict)    # rows of signals go, rows of acceptance become nameless
+
+    @classmethod
+    def of(cls, settings: RetentionSettings) -> Retention:
+        """What the settings say. Raises SettingsError for a tenant's age that is none."""
+        return cls(settings.signal_days * DAY_S or None, settings.acceptance_days * DAY_S or None, int(settings.signal_gb * 1e9) or None,
+                   dict(_tenant_age(text) for text in settings.tenant_days))
+
+
+def _tenant_age(text: str) -> tuple[str, float]:
+    name, _, days = text.rpartition("=")
+    try:
+        return name, float(days) * DAY_S
+    except ValueError:
+        raise SettingsError(f"age of a tenant {text!r}: expected NAME=DAYS, such as acme=7") from None
 
 
 @dataclass

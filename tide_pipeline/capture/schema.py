@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -84,18 +83,18 @@ SIGNALS_SCHEMA = pa.schema([
 
 
 def parquet_options(schema: Any) -> dict[str, Any]:
-    """How a dataset is written: zstd 1 and dictionaries, except for states: stored as they are, without statistics.
+    """How a dataset is written: LZ4 and dictionaries, except for states: stored as they are, without statistics.
 
     bf16 states shrink by a fifth under zstd 1 for twice the processor time, on a core that also serves (docs/signals.md).
-    Statistics over states, tokens or prompt digests would put user data into the footer. Every page carries a CRC.
+    Statistics over states, tokens or prompt digests would put user data into the footer. Every page carries a CRC, because
+    drift and training read some columns only, and the file's CRC says nothing of a part.
     """
     small = [path for path in _leaf_paths(schema) if path not in _STATE_COLUMNS]
     return {
-        "compression": {path: "NONE" if path in _STATE_COLUMNS else "ZSTD" for path in _leaf_paths(schema)},
-        "compression_level": {path: 1 for path in small},
+        "compression": {path: "NONE" if path in _STATE_COLUMNS else "LZ4" for path in _leaf_paths(schema)},
+        "write_page_checksum": True,
         "use_dictionary": [path for path in small if path not in ("digest", "token_ids.list.element")],
         "write_statistics": [path for path in small if "token" not in path and path != "prompt_digest"],
-        "write_page_checksum": True,
     }
 
 
@@ -109,13 +108,6 @@ def _leaves(path: str, kind: Any) -> list[str]:
     if pa.types.is_list(kind):
         return _leaves(f"{path}.list.element", kind.value_type)
     return [path]
-
-
-def bf16_bytes(rows_TX: Tensor, out: NDArray[np.uint8]) -> None:
-    """Write rows as little-endian bf16, row-major, into `out` (exactly rows * X * 2 bytes). One copy, strides welcome."""
-    assert rows_TX.dtype == torch.bfloat16 and out.nbytes == rows_TX.numel() * 2
-    words = rows_TX.view(torch.int16).numpy()          # torch bf16 has no numpy type
-    out.view("<i2").reshape(words.shape)[:] = words
 
 
 def bf16_tensor(data: Any, num_rows: int) -> Tensor:

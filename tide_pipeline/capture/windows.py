@@ -11,9 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from tide_pipeline.capture.rows import OpenRows, Words
 from tide_pipeline.capture.schema import token_bytes
 from tide_pipeline.contracts import RequestOpened, SamplingParams, StepEvent, StepKind
 
@@ -23,7 +21,7 @@ MAX_WINDOW_BYTES = 32 * 2**20      # of states in one window: one at least must 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClosedWindow:
-    """A finished window on its way to the writer; the only record here that holds a tensor."""
+    """A finished window on its way to the writer; the only record here that holds states."""
 
     request_id: str
     tenant: str
@@ -37,7 +35,7 @@ class ClosedWindow:
     start_pos: int
     token_ids: list[int]           # T + 1
     rejected: list[tuple[int, int]]
-    rows_TW: Tensor                # bf16, [taps | final]
+    words: Sequence[Words]         # its rows [taps | final], in order
     hidden_size: int
     num_taps: int
     with_final: bool
@@ -45,11 +43,11 @@ class ClosedWindow:
 
     @property
     def num_rows(self) -> int:
-        return self.rows_TW.shape[0]
+        return len(self.token_ids) - 1
 
     @property
     def num_bytes(self) -> int:
-        return self.rows_TW.numel() * 2
+        return sum(part.nbytes for part in self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +77,14 @@ class WindowAssembler:
         self._opened, self._shape, self._emit, self._clock, self._max_rows = opened, shape, emit, clock, max_rows
         self._prompt_digest = prompt_digest(opened.prompt_ids)
         self._draft_version = ""
-        self._pieces: list[Tensor] = []            # rows of the open window [n, width] each
+        self._rows = OpenRows()
         self._start, self._end = 0, 0              # positions of the open window: [start, end)
         self._tokens: list[int] = []
         self._follower: int | None = None          # the token at position `end`, once known
         self._rejected: list[tuple[int, int]] = []
 
-    def add(self, event: StepEvent, rows_NW: Tensor | None) -> None:
-        """Take a step's rows, which it keeps; None means that the step's states were lost."""
+    def add(self, event: StepEvent, words_NW: Words | None) -> None:
+        """Copy a step's rows; None means that its states were lost."""
         self._draft_version = event.draft_version or self._draft_version
         n = len(event.row_tokens)
         known = max(0, min(n, self._end - event.start_pos))      # rows seen before (a recomputed prefix) are not stored twice
@@ -95,13 +93,13 @@ class WindowAssembler:
         start, tokens = event.start_pos + known, event.row_tokens[known:]
         if start == self._end and self._follower is None:
             self._follower = tokens[0]
-        if rows_NW is None or start != self._end or self._follower != tokens[0]:
+        if words_NW is None or start != self._end or self._follower != tokens[0]:
             self.close()
-        if rows_NW is None:
+        if words_NW is None:
             return
-        if rows_NW.shape[0] != n:
-            raise ValueError(f"step with {n} tokens has {rows_NW.shape[0]} rows")
-        self._append(start, tokens, rows_NW[known:])
+        if len(words_NW) != n:
+            raise ValueError(f"step with {n} tokens has {len(words_NW)} rows")
+        self._append(start, tokens, words_NW[known:])
         self._follower = _follower(event)
         if event.accepted < len(event.drafted) and event.drafted[event.accepted] >= 0:
             self._rejected.append((event.start_pos + event.accepted + 1, event.drafted[event.accepted]))
@@ -117,12 +115,12 @@ class WindowAssembler:
                 draft_version=self._draft_version, engine_digest=self._shape.engine_digest, speculation=self._opened.speculation,
                 sampling=self._opened.sampling, num_prompt_tokens=self._opened.num_prompt_tokens,
                 prompt_digest=self._prompt_digest, start_pos=self._start, token_ids=tokens,
-                rejected=[r for r in self._rejected if r[0] <= last], rows_TW=torch.cat(self._pieces)[:num_rows],
+                rejected=[r for r in self._rejected if r[0] <= last], words=self._rows.first(num_rows),
                 hidden_size=self._shape.hidden_size, num_taps=self._shape.num_taps, with_final=self._shape.with_final,
                 closed_at=self._clock()))
-        self._pieces, self._tokens, self._rejected, self._follower = [], [], [], None
+        self._rows, self._tokens, self._rejected, self._follower = OpenRows(), [], [], None
 
-    def _append(self, start: int, tokens: tuple[int, ...], rows_NW: Tensor) -> None:
+    def _append(self, start: int, tokens: tuple[int, ...], words_NW: Words) -> None:
         done = 0
         while done < len(tokens):
             if len(self._tokens) == self._max_rows:
@@ -131,7 +129,7 @@ class WindowAssembler:
             if not self._tokens:
                 self._start = start + done
             take = min(len(tokens) - done, self._max_rows - len(self._tokens))
-            self._pieces.append(rows_NW[done:done + take])
+            self._rows.add(words_NW[done:done + take])
             self._tokens.extend(tokens[done:done + take])
             done += take
         self._end = start + len(tokens)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tide_pipeline.cli.app import LOOK, JsonFlag, app, console, print_json, print_table, settings_of
+from tide_pipeline.config import RetentionSettings, override
 from tide_pipeline.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -29,14 +30,9 @@ def verify(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 
     [bold]tide signals verify[/bold]
     """
-    from tide_pipeline.capture.verify import EngineFacts, verify_acceptance, verify_signals
-    from tide_pipeline.training.target_head import target_head_of
+    from tide_pipeline.training.lake_check import check_lake
 
-    config = settings_of(ctx)
-    head = target_head_of(config)
-    engine = EngineFacts(head.digest, head.shape.hidden_size, len(head.spec.capture_layers), head.lm_head_VD)
-    found = {"signals": verify_signals(config.state.signals, config.target, engine),
-             "acceptance": verify_acceptance(config.state.acceptance, config.target)}
+    found = check_lake(settings_of(ctx))
     if as_json:
         print_json(found)
     else:
@@ -112,7 +108,7 @@ def compact(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 @signals.command()
 def retain(
     ctx: typer.Context,
-    signal_days: Annotated[float | None, typer.Option(min=0.0, help="Remove signals older than this.")] = None,
+    signal_days: Annotated[float | None, typer.Option(min=0.0, help="Remove signals older than this; 0 keeps them for ever.")] = None,
     acceptance_days: Annotated[float | None, typer.Option(min=0.0, help="Remove the acceptance log older than this.")] = None,
     signal_gb: Annotated[float | None, typer.Option("--signal-gb", min=0.0, help="Remove the oldest signals above this many GB.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(metavar="NAME=DAYS", help="An age for one tenant's rows. Repeatable.")] = None,
@@ -120,30 +116,24 @@ def retain(
 ) -> None:
     """Remove what is too old or too much: whole hours by age, oldest shards by bytes, rows by tenant.
 
+    What is not said here is as in the settings' table [retention], which Dagster's retain_lake carries out every night.
+
     [bold]tide signals retain --signal-days 30 --signal-gb 200 --tenant acme=7[/bold]
     """
-    from tide_pipeline.capture.retain import DAY_S, Retention
+    from tide_pipeline.capture.retain import Retention
     from tide_pipeline.capture.retain import retain as retain_lake
 
-    ages = dict(_tenant_age(text) for text in tenant or [])
-    if signal_days is None and acceptance_days is None and signal_gb is None and not ages:
-        raise InvalidRequest("say what to keep: --signal-days, --acceptance-days, --signal-gb or --tenant NAME=DAYS")
-    done = retain_lake(settings_of(ctx).state.lake, Retention(
-        None if signal_days is None else signal_days * DAY_S, None if acceptance_days is None else acceptance_days * DAY_S,
-        None if signal_gb is None else int(signal_gb * 1e9), {name: days * DAY_S for name, days in ages.items()}))
+    config = settings_of(ctx)
+    said = {"signal_days": signal_days, "acceptance_days": acceptance_days, "signal_gb": signal_gb, "tenant_days": tenant}
+    keep = override(config, {"retention": {name: value for name, value in said.items() if value is not None}}).retention
+    if keep == RetentionSettings():
+        raise InvalidRequest("say what to keep: --signal-days, --acceptance-days, --signal-gb or --tenant NAME=DAYS, or set [retention]")
+    done = retain_lake(config.state.lake, Retention.of(keep))
     if as_json:
         print_json({"expired_shards": done.expired_shards, "removed_files": done.removed_files, "left_bytes": done.left_bytes})
     else:
         left = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in done.left_bytes.items())
         console().print(f"expired {done.expired_shards} shards, removed {done.removed_files} files; left: {left}", markup=False)
-
-
-def _tenant_age(text: str) -> tuple[str, float]:
-    name, _, days = text.rpartition("=")
-    try:
-        return name, float(days)
-    except ValueError:
-        raise InvalidRequest(f"--tenant {text}: expected NAME=DAYS, such as acme=7") from None
 
 
 def drafts_trained_on(config: TideConfig, windows: Iterable[Origin]) -> Iterator[dict[str, Any]]:

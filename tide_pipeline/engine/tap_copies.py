@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_pipeline.contracts import TapHandle
@@ -97,6 +99,10 @@ class DeviceTapRing(TapRing):
         buffer = self._busy[handle.slot].buffer
         assert buffer is not None
         return self._host[buffer][handle.start:handle.stop]
+
+    def words(self, handle: TapHandle) -> NDArray[np.int16]:
+        words: NDArray[np.int16] = self.rows(handle).view(torch.int16).numpy()
+        return words
 
     def begin_copies(self) -> None:
         """In order, as far as there are host buffers."""

@@ -60,10 +60,16 @@ class Team:
         """One text of each process, by rank."""
         if self.size == 1:
             return [text]
-        texts: list[Any] = [None] * self.size
+        own = text.encode()
+        (longest,) = self.latest(float(len(own)))                  # as bytes: torch would pickle an object
+        mine = torch.zeros(int(longest), dtype=torch.uint8)
+        mine[:len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        lengths, padded = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)], [
+            torch.zeros_like(mine, device=self.device) for _ in range(self.size)]
         with _together():
-            dist.all_gather_object(texts, text)
-        return texts
+            dist.all_gather(lengths, torch.tensor([len(own)], device=self.device))
+            dist.all_gather(padded, mine.to(self.device))
+        return [bytes(part[:int(n)].tolist()).decode() for part, n in zip(padded, lengths, strict=True)]
 
     def wait(self) -> None:
         """Until all are here."""

@@ -22,6 +22,7 @@ from tide_pipeline.capture.importing.fit import EngineShape, Fitted, Witnesses, 
 from tide_pipeline.capture.importing.layers import LayerCheck
 from tide_pipeline.capture.names import new_shard
 from tide_pipeline.capture.reader import list_windows
+from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA, token_bytes
 from tide_pipeline.capture.shard import write_shard
 from tide_pipeline.capture.store import Root, open_store
@@ -155,7 +156,7 @@ class _Importer:
                                tokens[:extent.num_prompt_tokens], SamplingParams(temperature=self.labels.temperature), "off")
         assembler = WindowAssembler(opened, shape, made.append, lambda: closed_at, shape.max_rows)
         assembler.add(StepEvent(opened.request_id, StepKind.PREFILL, 0, tokens[:-1], tokens[-1:], (), 0, "", 0, 1, 0.0, None),
-                      fitted.rows_TW[:len(tokens) - 1])
+                      words_of(fitted.rows_TW[:len(tokens) - 1]))
         assembler.close()
         yield from made
 

@@ -1,0 +1,29 @@
+"""Remove engine builds that nobody will serve again. Knows the deployment record, what replicas report and ages; loads nothing.
+
+The registry keeps every draft, so a build that went can be made again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tide_pipeline.config import TideConfig
+from tide_pipeline.deployment.builds import list_builds
+from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+
+KEPT_DEPLOYMENTS = 20              # a rollback may go back so far
+YOUNG_S = 7 * 86_400.0             # a build of the last week may wait for its gate, or for a person
+
+
+def tidy_builds(config: TideConfig, now: float) -> list[str]:
+    """Ids of the builds of the target that were removed."""
+    state, target = config.state, config.target
+    wanted = {build for deployment in DeploymentRecord(state.deployments, target).history()[-KEPT_DEPLOYMENTS:]
+              for group in deployment.groups.values() for build in group.values()}
+    wanted |= {build for seen in read_observed(state.observed, target).values() for build in seen.drafts.values()}
+    gone = [build for build in list_builds(state.builds, target) if build.build_id not in wanted and build.created_at < now - YOUNG_S]
+    for build in gone:
+        (Path(build.path) / "build.json").unlink()         # from now on it is no build, whatever happens to the rest
+        shutil.rmtree(build.path)
+    return [build.build_id for build in gone]
