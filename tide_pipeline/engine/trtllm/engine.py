@@ -141,6 +141,7 @@ class TrtllmEngine:
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._server.end_capture()
             self._feed.close()
         self._server.close()
         self._loop.close()

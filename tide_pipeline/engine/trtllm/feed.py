@@ -10,6 +10,7 @@ stream: as many tokens as a response adds were emitted by a step, one of them no
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -30,6 +31,7 @@ from tide_pipeline.engine.trtllm.shipment import Shipment
 log = logging.getLogger(__name__)
 
 POLL_S = 0.0005                        # while copies are under way
+LATE_S = 1.0                           # passes that come from another process may come after the answer: a request waits for them so long
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Feed:
         self._lock = threading.Lock()                  # a request is known before its first pass is decoded
         self._decoder = Decoder()
         self._followed: dict[int, Followed] = {}
+        self._late: dict[int, tuple[RequestClosed, tuple[int, ...], float]] = {}       # answered, its last passes not here yet
         self._opens: deque[RequestOpened] = deque()
         self._arrived_at = 0.0                         # of the last pass
         self._outbox = Outbox(self._deliver)
@@ -96,14 +99,16 @@ class Feed:
     def _run(self) -> None:
         while True:
             try:
-                entry = self._entries.get(timeout=POLL_S if self._outbox else None)
+                entry = self._entries.get(timeout=POLL_S if self._outbox or self._late else None)
             except queue.Empty:
                 self._outbox.poll()
+                self._end_late(time.monotonic())
                 continue
             if entry is None:
                 break
             self._outbox.post(*entry)
         self._outbox.flush()
+        self._end_late(math.inf)
         self._tell(self._sink.close)
 
     def _deliver(self, call: Callable[[], None]) -> None:
@@ -150,6 +155,7 @@ class Feed:
             if forward.generations:
                 self._ledger.engine_step(forward.draft_length, step_ms)
             self._tell(lambda: self._sink.on_step(events))
+        self._end_late(time.monotonic())
         if not forward.contexts:
             self._times.observe(batch, forward.draft_length, step_ms)
 
@@ -178,11 +184,23 @@ class Feed:
         self._tell(lambda: self._sink.on_step((event,)))
 
     def _close(self, number: int, closed: RequestClosed, tokens: tuple[int, ...]) -> None:
+        followed = self._followed.get(number)
+        if followed is not None and followed.is_captured and len(followed.emitted) < len(tokens):
+            self._late[number] = closed, tokens, time.monotonic() + LATE_S
+        elif followed is not None:
+            self._end(number, followed, closed, tokens)
+
+    def _end_late(self, now: float) -> None:
+        for number, (closed, tokens, due) in list(self._late.items()):
+            followed = self._followed[number]
+            if len(followed.emitted) >= len(tokens) or now >= due or not followed.is_captured:
+                del self._late[number]
+                self._end(number, followed, closed, tokens)
+
+    def _end(self, number: int, followed: Followed, closed: RequestClosed, tokens: tuple[int, ...]) -> None:
         with self._lock:
-            followed = self._followed.pop(number, None)
+            self._followed.pop(number, None)
             self._decoder.close(number)
-        if followed is None:
-            return
         seen = tuple(followed.emitted)
         if followed.is_captured and seen[: len(tokens)] != tokens[: len(seen)]:
             self.stop_capture("tokens of the passes are not those that were answered")

@@ -91,6 +91,7 @@ class RemotePasses:
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+            self._thread = None
             try:
                 self._take()
                 self._call("tide_end")

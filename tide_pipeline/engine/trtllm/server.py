@@ -101,13 +101,17 @@ class Server:
         """Into the running server; no request may run. Raises BuildError."""
         in_place.put_draft(self._llm, self.table, build, is_remote=self._is_remote)
 
-    def close(self) -> None:
+    def end_capture(self) -> None:
+        """What is under way still comes. Can be called again."""
         if self._tap is not None:
             self._tap.remove()
-        if self.lengths is not None:
-            self.lengths.remove()
         if self._remote is not None:
             self._remote.stop()
+
+    def close(self) -> None:
+        self.end_capture()
+        if self.lengths is not None:
+            self.lengths.remove()
         if self._llm is not None:
             self._llm.shutdown()
         self._llm, self.is_up = None, False

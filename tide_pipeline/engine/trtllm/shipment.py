@@ -19,6 +19,8 @@ from tide_pipeline.contracts import TapHandle
 from tide_pipeline.engine.memory import RING_SLOTS
 from tide_pipeline.engine.tap_copies import Copier, DeviceTapRing, Done, SlotParcel, StreamCopier
 
+HOST_SLOTS = 64                        # steps in a ring in host memory: it is no GPU's, and its steps are short
+
 
 class ServerCopier(StreamCopier):
     """Copies begin after what the server's own stream was told, whichever thread asks. Has not been run on a GPU."""
@@ -89,7 +91,8 @@ class Shipper:
 
     def __init__(self, rows: int, hidden_size: int, num_taps: int, device: torch.device, copier: Copier | None = None) -> None:
         self.copier: Copier = copier or (HostCopier() if device.type == "cpu" else ServerCopier(device))
-        self.ring = DeviceTapRing(RING_SLOTS, rows, hidden_size, num_taps, False, device, self.copier)
+        slots = HOST_SLOTS if device.type == "cpu" and copier is None else RING_SLOTS
+        self.ring = DeviceTapRing(slots, rows, hidden_size, num_taps, False, device, self.copier)
         self.lock = threading.Lock()
         self._rows = rows
 
