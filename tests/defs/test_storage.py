@@ -1,7 +1,5 @@
 """Dagster's storage by one setting: SQLite without it, and a real PostgreSQL, where its programs are installed, with it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
