@@ -40,7 +40,7 @@ PORTS = {"triton": (8000, 8001, 8002), "front": (8000,), "mlflow": (5000,), "dag
 FOREIGN = {"storage", "grafana", "postgres"}       # their images' programs; postgres is started by tests/postgres.py
 INSTEAD = {"/run/secrets": "secrets", "/etc/tide": "etc", "/tmp": "tmp", "/state": "state"}
 PLACES = re.compile(rf"(?<![\w/.])({'|'.join([*INSTEAD, '/app'])})(?=[/\"']|$)", re.M)
-TIMEOUT_S = 400.0
+TIMEOUT_S = 600.0                      # a busy machine, not a slow program
 
 
 @dataclass
@@ -101,7 +101,8 @@ class Place:
     def is_healthy(self, name: str) -> bool:
         """The health check's own command, in the container's environment, which has no secrets in it."""
         words = self.compose["services"][name]["healthcheck"]["test"]
-        return subprocess.run(self.command(name, words[1:]), env=self.environment(name), capture_output=True, timeout=120).returncode == 0
+        return subprocess.run(self.command(name, words[1:]), env=self.environment(name), capture_output=True,
+                              timeout=TIMEOUT_S).returncode == 0
 
     def await_healthy(self, *names: str) -> None:
         gives_up = time.monotonic() + TIMEOUT_S
