@@ -50,7 +50,7 @@ def play() -> tuple[str, int]:
     with dg.DagsterInstance.get() as again:
         run, = again.get_runs()
         assert run.status == dg.DagsterRunStatus.SUCCESS
-        event, = again.fetch_observations("signal_windows", limit=1).records
+        event, = again.fetch_observations(dg.AssetKey("signal_windows"), limit=1).records
         assert event.asset_observation is not None
         return type(again.run_storage).__name__, int(str(event.asset_observation.metadata["rows"].value))
 
