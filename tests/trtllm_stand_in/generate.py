@@ -101,6 +101,8 @@ def _class(table: Table, name: str, facts: list[Fact]) -> str:
     lines = ["@dataclass(kw_only=True)" if name in DATA else "", f"class {name}({base}):", f'    """{(own or facts[0]).use}."""']
     if own is not None:
         lines += [f"    {_field(field_name, value, own.kind == 'model')}" for field_name, value in own.fields.items()]
+    if name == "ScheduledRequests" and own is not None:
+        lines += ["    def __init__(self) -> None:", *[f"        self.{field_name} = []" for field_name in own.fields]]
     if name == "Eagle3DecodingConfig":
         lines += ["    def model_post_init(self, context: Any) -> None:", f"        metadata.check_eagle(self, {table.layout.schedule!r})"]
     methods = [_function(fact, "    ") for fact in facts if fact.kind == "function"]

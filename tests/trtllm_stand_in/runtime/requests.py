@@ -47,11 +47,7 @@ class RequestState:
 
 
 class Batch:
-    """Base of ScheduledRequests."""
-
-    def __init__(self) -> None:
-        self.context_requests: list[Any] = []
-        self.generation_requests: list[Any] = []
+    """Base of ScheduledRequests, which makes its lists."""
 
     @property
     def requests(self) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +112,10 @@ def _field(name: str, expected: Field, found: FoundField) -> Iterator[str]:
 
 
 def _refuses_unknown(tree: SourceTree, fact: Fact) -> bool:
-    return any("extra='forbid'" in ast.unparse(node) or "'extra': 'forbid'" in ast.unparse(node)
+    """`model_config = ConfigDict(extra="forbid")`, or the older inner `class Config`."""
+    return any(re.search(r"extra'?\s*[=:]\s*'forbid'", ast.unparse(node))
                for _, definition in tree.lineage(fact.module, fact.name) for node in definition.body
-               if isinstance(node, ast.Assign | ast.AnnAssign))
+               if isinstance(node, ast.Assign | ast.AnnAssign) or (isinstance(node, ast.ClassDef) and node.name == "Config"))
 
 
 def _function(tree: SourceTree, fact: Fact) -> Iterator[str]:
@@ -163,7 +165,9 @@ def _returned(function: Function) -> Iterator[set[str]]:
 def _contents(scope: ast.AST | None, fact: Fact) -> Iterator[str]:
     if not fact.contains:
         return
-    there = {_dump(node) for node in ast.walk(scope) if isinstance(node, ast.expr)} if scope else set()
+    nodes = list(ast.walk(scope)) if scope else []
+    terms = {id(side) for node in nodes if isinstance(node, ast.BinOp) for side in (node.left, node.right)}
+    there = {_dump(node) for node in nodes if isinstance(node, ast.expr) and id(node) not in terms}    # whole: `x` is not said by `x + 1`
     yield from (f"nowhere does it say {text}" for text in fact.contains if _dump(ast.parse(text, mode="eval").body) not in there)
 
 

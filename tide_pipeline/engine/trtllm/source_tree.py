@@ -87,9 +87,11 @@ class SourceTree:
         todo, seen = [(module, name)], set()
         while todo:
             found = self.find(*todo.pop(0))
-            if found is None or not isinstance(found[1], ast.ClassDef) or (found[0], found[1].name) in seen:
+            if found is None:
                 continue
             where, definition = found
+            if not isinstance(definition, ast.ClassDef) or (where, definition.name) in seen:
+                continue
             seen.add((where, definition.name))
             yield where, definition
             todo += [(where, ast.unparse(base)) for base in definition.bases if isinstance(base, ast.Name)]
