@@ -1,7 +1,5 @@
 """Dagster's storage by one setting: SQLite without it, and a real PostgreSQL, where its programs are installed, with it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +50,7 @@ def play() -> tuple[str, int]:
     with dg.DagsterInstance.get() as again:
         run, = again.get_runs()
         assert run.status == dg.DagsterRunStatus.SUCCESS
-        event = again.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_OBSERVATION))[0]
+        event, = again.fetch_observations(dg.AssetKey("signal_windows"), limit=1).records
         assert event.asset_observation is not None
         return type(again.run_storage).__name__, int(str(event.asset_observation.metadata["rows"].value))
 

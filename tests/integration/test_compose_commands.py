@@ -40,7 +40,7 @@ PORTS = {"triton": (8000, 8001, 8002), "front": (8000,), "mlflow": (5000,), "dag
 FOREIGN = {"storage", "grafana", "postgres"}       # their images' programs; postgres is started by tests/postgres.py
 INSTEAD = {"/run/secrets": "secrets", "/etc/tide": "etc", "/tmp": "tmp", "/state": "state"}
 PLACES = re.compile(rf"(?<![\w/.])({'|'.join([*INSTEAD, '/app'])})(?=[/\"']|$)", re.M)
-TIMEOUT_S = 400.0
+TIMEOUT_S = 600.0                      # a busy machine, not a slow program
 
 
 @dataclass
@@ -101,7 +101,8 @@ class Place:
     def is_healthy(self, name: str) -> bool:
         """The health check's own command, in the container's environment, which has no secrets in it."""
         words = self.compose["services"][name]["healthcheck"]["test"]
-        return subprocess.run(self.command(name, words[1:]), env=self.environment(name), capture_output=True, timeout=120).returncode == 0
+        return subprocess.run(self.command(name, words[1:]), env=self.environment(name), capture_output=True,
+                              timeout=TIMEOUT_S).returncode == 0
 
     def await_healthy(self, *names: str) -> None:
         gives_up = time.monotonic() + TIMEOUT_S
@@ -185,13 +186,14 @@ def test_the_gpu_profile_without_docker(place: Place) -> None:
     told = place.finish("init-serving")
     assert "bucket tide: made" in told and "bucket tide-mlflow: made" in told and "deployment 1: shipped with the engine" in told
     assert "bucket tide: there" in place.finish("init-serving"), "it may run again"
-    for name in ("mlflow", "triton", "front", "dagster-code"):
+    for name in ("mlflow", "triton", "front"):
         assert not place.is_healthy(name), "nobody is there yet"
         place.start(name)
     place.await_healthy("mlflow")
     kind = "PostgresRunStorage" if place.database else "SqliteRunStorage"
     told = place.finish("init-pipeline")
     assert f"Dagster's storage: {kind}" in told and "registered draft: shipped-" in told
+    place.start("dagster-code")
     assert "--workload" in place.finish("trainer")
     place.await_healthy("dagster-code")
     place.start("dagster-web")
@@ -220,7 +222,7 @@ def check_mlflow(place: Place) -> None:
     """The shipped draft is there, its bytes are in the bucket, and strangers' Host headers are refused."""
     port = place.ports["mlflow", 5000]
     url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/search"
-    assert "pocket" in httpx.get(url, headers={"Host": f"mlflow:{port}"}).text
+    assert "pocket-draft" in httpx.get(url, headers={"Host": f"mlflow:{port}"}).text
     assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
     listed = httpx.get(f"{place.storage_url}/tide-mlflow?list-type=2").text
     assert "model.safetensors" in listed

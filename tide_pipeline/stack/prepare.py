@@ -35,7 +35,7 @@ def pipeline(config: TideConfig) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
     storage = make_dagster_storage()
     draft = register_shipped(config)
-    return [f"Dagster's storage: {storage}", f"registered draft: {draft.label}" if draft else "no shipped draft to register"]
+    return [f"Dagster's storage: {storage}", f"registered draft: {draft.draft_version}" if draft else "no shipped draft to register"]
 
 
 def make_dagster_storage() -> str:
