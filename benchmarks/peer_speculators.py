@@ -127,7 +127,8 @@ def main() -> None:
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     config = override(load(values={"state_dir": str(args.state or scratch / "state"), "engines_dir": str(args.engine_dir.parent),
                                    "engine": args.engine_dir.name}),
-                      {"training": {"time_budget_s": 0.0, "nice": 0, "min_prompts": 2, "replay_share": 0.0}})
+                      {"training": {"time_budget_s": 0.0, "nice": 0, "min_prompts": 2, "replay_share": 0.0,
+                                    "eval_share": 0.3 if args.quick else 0.12}})
     if args.state is None:
         fill_lake(config, {args.workload: 24 if args.quick else 320}, 24 if args.quick else 96)
     champion = args.engine_dir / load_engine_spec(args.engine_dir).champion

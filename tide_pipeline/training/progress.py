@@ -54,7 +54,7 @@ class BarViewer:
     """A live bar, for a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn         # training itself runs where there is no rich
+        from rich.progress import BarColumn, Progress, TextColumn  # training itself runs where there is no rich
 
         self.bar = Progress(TextColumn("{task.description:<10}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
                             TextColumn("{task.fields[facts]}"), console=console)
