@@ -128,7 +128,8 @@ def test_observe_deploys_nothing_and_propose_waits_for_a_click(config: TideConfi
     for mode, stage in (("observe", before.stage), ("propose", "proposed")):
         done = rolled_out(override(config, {"rollout": {"mode": mode}}), instance)
         latest = record.latest()
-        assert done.success and not done.get_asset_materialization_events()
+        made = [event.asset_key.to_user_string() for event in done.get_asset_materialization_events()]
+        assert done.success and made == ["benchmark_report"]
         assert latest is not None and latest.stage == stage and latest.groups["rest"] == before.groups["rest"]
     assert load_build(config.state.builds, config.target, latest.groups["canary"]["*"]).draft_version == build
     with FakeReplica(config, "replica-0", workload="code"):
@@ -171,10 +172,10 @@ def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, inst
 
 
 def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
-    """The last step of the first adaptation once more, with these settings."""
+    """Gate and rollout of the first adaptation once more, with these settings."""
     recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
     root = min(instance.get_run_records(), key=lambda record: record.create_timestamp).dagster_run.run_id
-    return job().execute_in_process(asset_selection=[dg.AssetKey("live_draft")], run_id=root)
+    return job().execute_in_process(asset_selection=[dg.AssetKey("benchmark_report"), dg.AssetKey("live_draft")], run_id=root)
 
 
 def looked(instance: dg.DagsterInstance) -> dg.SensorResult:
