@@ -1,8 +1,9 @@
 """Offline acceptance: the steps that the engine would make with a draft, counted along text that was captured. Knows no files.
 
-Anchor row r has the true taps g_r and the token x_{r+1} after it; the draft chains tokens for x_{r+2}, x_{r+3}, ... With n of them accepted
-the step emits n + 1 tokens and the next anchor is r + n + 1. The first anchor is the last prompt row, num_prompt_tokens - 1 (its next
-token is the first one generated). As in the engine, a draft stops one token short of the request's end, and a step without a draft does not count.
+Anchor row r has the true taps g_r and the token x_{r+1} after it; the draft chains tokens for x_{r+2}, x_{r+3}, ... With n of them
+accepted the step emits n + 1 tokens and the next anchor is r + n + 1. The first anchor is the last prompt row, num_prompt_tokens - 1 (its
+next token is the first one generated). As in the engine, a draft stops one token short of the request's end, and a step without a draft
+does not count.
 
 A chain goes on only while it is the emitted text, so at every depth the token before is the one that was emitted, and all chains of all
 rows are computed in one batched pass. What is left is the chance a_i that token i was accepted, given the text:
@@ -11,8 +12,8 @@ rows are computed in one batched pass. What is left is the chance a_i that token
     sampled     min(1, q(x) / p(x)): speculative sampling emits x by acceptance with probability min(p, q) and at all with p(x).
                 The walk is then over expectations: steps and accepted tokens are weighed by how likely an anchor is one.
 
-p needs the stored final states; without them a sampled window is walked as a greedy one, which is not calibrated. The end of a window counts
-as the end of its request: where one has several windows (1024 rows, or rows lost), a step at each seam is off by a token.
+p needs the stored final states; without them a sampled window is walked as a greedy one, which is not calibrated. The end of a window
+counts as the end of its request: where one has several windows (1024 rows, or rows lost), a step at each seam may be short.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,23 +29,15 @@ from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.contracts import SamplingParams
 from tide_pipeline.engine.sampling import distribution
 from tide_pipeline.models.eagle3 import Eagle3Draft
-from tide_pipeline.models.target import TargetShape
+from tide_pipeline.models.target import Target
 from tide_pipeline.training.batches import Batch, whole
 from tide_pipeline.training.loss import draft_ids
+from tide_pipeline.training.target_head import TargetHead
 from tide_pipeline.training.unroll import Unroll
 
 CHUNK = 16                         # windows in one batched pass
 
-
-class Head(Protocol):
-    """What a replay needs of the target: a TargetHead, or the target itself."""
-
-    @property
-    def shape(self) -> TargetShape: ...
-    @property
-    def embedding_VD(self) -> Tensor: ...
-    @property
-    def lm_head_VD(self) -> Tensor: ...
+Head = TargetHead | Target         # embeddings, lm_head and end-of-text ids
 
 
 @dataclass(frozen=True)
