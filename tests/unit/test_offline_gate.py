@@ -28,7 +28,7 @@ def target(config: TideConfig) -> Target:
 
 
 def slow_walk(draft: Eagle3Draft, target: Target, w: WindowStates, draft_length: int) -> tuple[int, list[int]]:
-    """What the engine does: extend by the true rows, chain greedily up to the token before the last, compare, go on behind the bonus token."""
+    """What the engine does: extend by the true rows, chain greedily up to the token before the last, compare, go on behind the bonus."""
     runner = DraftRunner(draft, target.embedding_VD)
     x, taps = w.token_ids, w.taps_TG.float()
     anchor, steps, by_position = w.window.num_prompt_tokens - 1 - w.window.start_pos, 0, [0] * draft_length
@@ -85,6 +85,9 @@ def test_a_windows_start_and_the_requests_other_windows_are_counted(target: Targ
                   for one in replay_acceptance(draft, target, part, 3).values())
     assert both.steps == a.steps + b.steps and both.rows == 36
     assert replay_acceptance(draft, target, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
+    short = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=3), w.token_ids[16:20], w.taps_TG[16:19], w.final_TD[16:19])
+    (one,) = replay_acceptance(draft, target, [short], 5).values()
+    assert one.steps == 1 and one.accepted[1:] == (0, 0, 0, 0)                   # room for one drafted token before the last
 
 
 def test_equal_drafts_gain_nothing_and_a_better_one_gains(target: Target) -> None:

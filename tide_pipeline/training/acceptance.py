@@ -18,9 +18,9 @@ counts as the end of its request: where one has several windows (1024 rows, or r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -68,15 +68,18 @@ def accept_chances(draft: Eagle3Draft, batch: Batch, windows: Sequence[WindowSta
     unroll, ids_U = Unroll(draft, head.embedding_VD, batch.taps_BTG, batch.positions_BT, batch.segments_BT), draft_ids(draft)
     sampled = {b: _SampledText(ids_U, batch, b, rows, windows[b], head) for b, rows in enumerate(judged) if _is_judged_by_p(windows[b])}
     labels_N = torch.cat([batch.labels_BT[b, rows] for b, rows in enumerate(judged)])
+    sizes = [rows.stop - rows.start for rows in judged]
+    ends = list(itertools.accumulate(sizes))
     chances_BTL = torch.zeros(*batch.labels_BT.shape, draft_length, dtype=torch.float64)
     for i in range(draft_length):
         states_BTD = unroll.step(batch.next_ids_BT)
         logits_NU = draft.lm_head(draft.norm(torch.cat([states_BTD[b, rows] for b, rows in enumerate(judged)])))
-        sizes = [rows.stop - rows.start for rows in judged]
         found_N = (ids_U[logits_NU.argmax(-1)] == labels_N).double()
-        for b, (hits, logits) in enumerate(zip(found_N.split(sizes), logits_NU.split(sizes), strict=True)):
-            now = sampled[b].chances(logits) if b in sampled else hits
-            chances_BTL[b, judged[b].start : judged[b].stop - i, i] = now[i:].cpu()          # row t+i of depth i belongs to anchor t
+        for b, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+            here = slice(end - size, end)
+            now = sampled[b].chances(logits_NU[here]) if b in sampled else found_N[here]
+            first, last = judged[b].start, judged[b].stop
+            chances_BTL[b, first : max(last - i, first), i] = now[i:].cpu()                  # row t+i of depth i belongs to anchor t
     return chances_BTL
 
 
@@ -124,7 +127,7 @@ def walk(chances_TL: Sequence[Sequence[float]], first: int, last: int, has_stopp
 def replay(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates], draft_length: int) -> Iterator[Replay]:
     """One Replay per window that is long enough to hold a step."""
     walkable = (s for s in states if s.num_rows - 1 - _first(s) >= (1 if _has_stopped(s, head) else 2))
-    while chunk := list(islice(walkable, CHUNK)):
+    while chunk := list(itertools.islice(walkable, CHUNK)):
         chances_BTL = accept_chances(draft, whole(chunk).to(head.embedding_VD.device), chunk, head, draft_length).tolist()
         for s, chances_TL in zip(chunk, chances_BTL, strict=True):
             steps, by_position = walk(chances_TL, _first(s), s.num_rows - 1, _has_stopped(s, head))
