@@ -90,7 +90,7 @@ def measure(folder: Path, head: TargetHead, data: WindowSplit, draft_length: int
     cold, hot = ([s for s in read_states(data.focus_held_out) if (s.window.temperature > 0) == sampled] for sampled in (False, True))
 
     def length(windows: Sequence[WindowStates]) -> float:
-        return acceptance_length(replay(draft, head.embedding_VD, windows, draft_length))
+        return acceptance_length(replay(draft, head, windows, draft_length))
 
     return {"greedy": length(cold), "sampled_greedy_walk": length(hot), "sampled_first_token": sampled_acceptance(draft, head, hot),
             "others_greedy": length([s for s in read_states(data.replay_held_out) if s.window.temperature == 0])}

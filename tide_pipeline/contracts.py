@@ -189,6 +189,8 @@ class SignalWindow:
     temperature: float
     closed_at: float
     digest: str = field(default="", repr=False)    # of tokens and states; with the request and the position it outlives compaction
+    top_k: int = 0                 # of the sampling; 0 and 1.0 are off
+    top_p: float = 1.0
 
 
 # --- drift, training, gate, deployment -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,16 +32,35 @@ def test_packed_rows_are_the_windows_rows(lengths: list[int], batch_rows: int, w
     assert (batch.labels_BT[batch.segments_BT < 0] == NO_LABEL).all()
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
-def test_a_walk_counts_every_token_once(accepted: list[int], data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, len(accepted) - 1))
-    steps, by_position = walk(accepted, first, len(accepted) - 1, 4)
-    anchors, at = [], first
-    while at < len(accepted):
-        anchors.append(at)
-        at += accepted[at] + 1
-    assert steps == len(anchors) and sum(by_position) == sum(accepted[a] for a in anchors)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.booleans(), st.data())
+def test_a_walk_counts_every_token_once(accepted: list[int], has_stopped: bool, data: st.DataObject) -> None:
+    """Chances of 0 and 1: the walk is one path. `accepted[t]`: drafts after row t that would be accepted, if there is room for them."""
+    first, last = data.draw(st.integers(0, len(accepted) - 1)), len(accepted) - 1
+    steps, by_position = walk([[float(i < n) for i in range(4)] for n in accepted], first, last, has_stopped)
+    taken, at = [], first
+    while (room := min(4, last - at if has_stopped else last - at - 1)) > 0:
+        taken.append(min(accepted[at], room))
+        at += taken[-1] + 1
+    assert steps == len(taken) and sum(by_position) == sum(taken)
     assert list(by_position) == sorted(by_position, reverse=True)                # position i needs position i - 1
-    assert first + steps + sum(by_position) == at
 
 
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=12), st.booleans())
+def test_a_walk_over_chances_is_the_mean_of_all_paths(chances: list[list[float]], has_stopped: bool) -> None:
+    """Against the expectation written down backwards: what is to come after an anchor."""
+    last = len(chances) - 1
+
+    def from_here(anchor: int) -> tuple[float, float]:
+        room = min(3, last - anchor if has_stopped else last - anchor - 1)
+        if room < 1:
+            return 0.0, 0.0
+        steps, kept, alive = 1.0, 0.0, 1.0
+        for n in range(room + 1):
+            ends = alive * (1.0 - chances[anchor][n]) if n < room else alive     # exactly n are accepted
+            more_steps, more_kept = from_here(anchor + n + 1)
+            steps, kept = steps + ends * more_steps, kept + ends * (n + more_kept)
+            alive -= ends
+        return steps, kept
+
+    steps, by_position = walk(chances, 0, last, has_stopped)
+    assert (steps, sum(by_position)) == pytest.approx(from_here(0))

@@ -28,20 +28,20 @@ def target(config: TideConfig) -> Target:
 
 
 def slow_walk(draft: Eagle3Draft, target: Target, w: WindowStates, draft_length: int) -> tuple[int, list[int]]:
-    """What the engine does: extend by the true rows, chain greedily, compare, go on behind the bonus token."""
+    """What the engine does: extend by the true rows, chain greedily up to the token before the last, compare, go on behind the bonus."""
     runner = DraftRunner(draft, target.embedding_VD)
     x, taps = w.token_ids, w.taps_TG.float()
     anchor, steps, by_position = w.window.num_prompt_tokens - 1 - w.window.start_pos, 0, [0] * draft_length
-    while anchor + 1 + draft_length < len(x):
+    while (length := min(draft_length, len(x) - anchor - 3)) > 0:
         cache = runner.new_cache(1, 128)
         state = runner.extend(taps[: anchor + 1], x[1 : anchor + 2], torch.arange(anchor + 1), [anchor + 1], cache)[-1:]
         drafted: list[int] = []
-        for i in range(draft_length):
+        for i in range(length):
             if i:
                 state = runner.step(state, torch.tensor(drafted[-1:]), torch.tensor([anchor + i]), cache)
             drafted.append(int(runner.to_target(runner.logits(state).argmax(-1))))
-        emitted = x[anchor + 2 : anchor + 2 + draft_length].tolist()
-        n = next((i for i in range(draft_length) if drafted[i] != emitted[i]), draft_length)
+        emitted = x[anchor + 2 : anchor + 2 + length].tolist()
+        n = next((i for i in range(length) if drafted[i] != emitted[i]), length)
         steps += 1
         for i in range(n):
             by_position[i] += 1
@@ -64,7 +64,7 @@ def some_good_draft(target: Target, vocabulary: torch.Tensor | None = None) -> E
 def test_batched_replay_equals_the_slow_walk(target: Target, draft_length: int, reduced: bool) -> None:
     windows = captured(target, "py", 5, prompt=7, output=30) + captured(target, "de", 3, prompt=4, output=12, seed=2)
     draft = some_good_draft(target, torch.arange(0, 64, 2) if reduced else None)
-    found = replay_acceptance(draft, target.embedding_VD, windows, draft_length)
+    found = replay_acceptance(draft, target, windows, draft_length)
     total = 0
     for w in windows:
         steps, by_position = slow_walk(draft, target, w, draft_length)
@@ -82,22 +82,25 @@ def test_a_windows_start_and_the_requests_other_windows_are_counted(target: Targ
     tail = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=20), w.token_ids[16:], w.taps_TG[16:], w.final_TD[16:])
     draft = some_good_draft(target)
     a, b, both = (one for part in ([head], [tail], [head, tail])
-                  for one in replay_acceptance(draft, target.embedding_VD, part, 3).values())
+                  for one in replay_acceptance(draft, target, part, 3).values())
     assert both.steps == a.steps + b.steps and both.rows == 36
-    assert replay_acceptance(draft, target.embedding_VD, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
+    assert replay_acceptance(draft, target, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
+    short = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=3), w.token_ids[16:20], w.taps_TG[16:19], w.final_TD[16:19])
+    (one,) = replay_acceptance(draft, target, [short], 5).values()
+    assert one.steps == 1 and one.accepted[1:] == (0, 0, 0, 0)                   # room for one drafted token before the last
 
 
 def test_equal_drafts_gain_nothing_and_a_better_one_gains(target: Target) -> None:
     windows = captured(target, "py", 12, output=40) + captured(target, "de", 12, output=40, seed=1)
     good, bad, settings = some_good_draft(target), random_draft(target.shape, seed=5), GateSettings(bootstrap=200)
-    same = paired_acceptance(good, good, target.embedding_VD, windows, settings, "de")
+    same = paired_acceptance(good, good, target, windows, settings, "de")
     assert same.gain == same.gain_low == same.gain_high == 0 and same.prompts == 12
-    better = paired_acceptance(bad, good, target.embedding_VD, windows, settings, "de")
+    better = paired_acceptance(bad, good, target, windows, settings, "de")
     assert better.gain_low > 0 and better.gain_low <= better.gain <= better.gain_high
     assert set(better.by_workload) == {"py", "de"} and better.by_workload["de"]["gain"] == better.gain
-    assert better == paired_acceptance(bad, good, target.embedding_VD, windows, settings, "de")
+    assert better == paired_acceptance(bad, good, target, windows, settings, "de")
     with pytest.raises(NotEnoughSignals, match=r"'html'.*de, py"):
-        paired_acceptance(bad, good, target.embedding_VD, windows, settings, "html")
+        paired_acceptance(bad, good, target, windows, settings, "html")
 
 
 def test_sampled_requests_stand_apart_from_greedy_ones(target: Target) -> None:
@@ -105,9 +108,9 @@ def test_sampled_requests_stand_apart_from_greedy_ones(target: Target) -> None:
     hot = [dataclasses.replace(w, window=dataclasses.replace(w.window, temperature=0.8, request_id=f"hot{i}"))
            for i, w in enumerate(captured(target, "py", 3, seed=4))]
     draft, settings = some_good_draft(target), GateSettings(bootstrap=50)
-    both = paired_acceptance(draft, draft, target.embedding_VD, windows + hot, settings, "py")
+    both = paired_acceptance(draft, draft, target, windows + hot, settings, "py")
     assert both.prompts == 4 and both.by_workload["py (sampled)"]["prompts"] == 3
-    assert paired_acceptance(draft, draft, target.embedding_VD, hot, settings, "py").prompts == 3
+    assert paired_acceptance(draft, draft, target, hot, settings, "py").prompts == 3
 
 
 def test_a_prompt_counts_once_however_often_it_was_asked(target: Target) -> None:
@@ -116,7 +119,7 @@ def test_a_prompt_counts_once_however_often_it_was_asked(target: Target) -> None
     often = [dataclasses.replace(w, window=dataclasses.replace(w.window, request_id=f"{w.window.request_id}-{n}"))
              for n in range(10) for w in windows]
     good, bad, settings = some_good_draft(target), random_draft(target.shape, seed=5), GateSettings(bootstrap=200)
-    once, ten_times = (paired_acceptance(bad, good, target.embedding_VD, part, settings, "py") for part in (windows, often))
+    once, ten_times = (paired_acceptance(bad, good, target, part, settings, "py") for part in (windows, often))
     assert once.gain_low < once.gain_high and once.prompts == ten_times.prompts == 8 and ten_times.rows == 10 * once.rows
     assert (once.gain, once.gain_low, once.gain_high) == pytest.approx((ten_times.gain, ten_times.gain_low, ten_times.gain_high))
 
@@ -125,7 +128,7 @@ def test_a_prompt_of_two_workloads_counts_in_each(target: Target) -> None:
     windows = captured(target, "py", 4)
     both = windows + [dataclasses.replace(w, window=dataclasses.replace(w.window, workload="de", temperature=0.8)) for w in windows]
     draft = some_good_draft(target)
-    found = paired_acceptance(draft, draft, target.embedding_VD, both, GateSettings(bootstrap=50), "de")
+    found = paired_acceptance(draft, draft, target, both, GateSettings(bootstrap=50), "de")
     assert {name: numbers["prompts"] for name, numbers in found.by_workload.items()} == {"py": 4, "de": 4}
 
 

@@ -81,7 +81,7 @@ def _read(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
         raise CorruptShard(f"schema version {other}, this code reads {SCHEMA_VERSION}: upgrade tide_pipeline")
     columns = {name: table.column(name).to_pylist() for name in _PLAIN}
     columns |= {name: [sys.intern(value) for value in table.column(name).to_pylist()] for name in _SHARED}
-    columns["temperature"] = pc.struct_field(table.column("sampling"), "temperature").to_pylist()
+    columns |= {name: pc.struct_field(table.column("sampling"), name).to_pylist() for name in ("temperature", "top_k", "top_p")}
     columns["closed_at"] = [us / 1e6 for us in table.column("closed_at").cast(pa.int64()).to_pylist()]
     uri = shard.uri
     return tuple(SignalWindow(uri=uri, row=row, **dict(zip(columns, values, strict=True)))

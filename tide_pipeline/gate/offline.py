@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import GateSettings, TideConfig
 from tide_pipeline.contracts import PairedAcceptance
 from tide_pipeline.errors import NotEnoughSignals
 from tide_pipeline.models.eagle3 import Eagle3Draft
-from tide_pipeline.training.acceptance import Replay, replay
+from tide_pipeline.training.acceptance import Head, Replay, replay
 from tide_pipeline.training.data import find_windows, read_held_out
 from tide_pipeline.training.target_head import TargetHead, target_head_of
 
@@ -27,17 +26,17 @@ SAMPLED = " (sampled)"             # suffix of a workload's windows with tempera
 Cluster = tuple[str, bool, str]    # workload, sampled or greedy, prompt digest
 
 
-def replay_acceptance(draft: Eagle3Draft, embedding_VD: Tensor, states: Iterable[WindowStates],
+def replay_acceptance(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates],
                       draft_length: int) -> dict[Cluster, Replay]:
     """Prompt by prompt, its simulated steps and, per position, how many of them accepted the drafted token."""
     found: dict[Cluster, Replay] = {}
-    for one in replay(draft, embedding_VD, states, draft_length):
+    for one in replay(draft, head, states, draft_length):
         cluster = one.workload, one.temperature > 0, one.prompt_digest
         found[cluster] = found[cluster] + one if cluster in found else one
     return found
 
 
-def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_VD: Tensor, states: Sequence[WindowStates],
+def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, head: Head, states: Sequence[WindowStates],
                       settings: GateSettings, focus_workload: str, seed: int = 0) -> PairedAcceptance:
     """The gain on the drifted workload with its 95 % interval, and the same for every workload in `states`.
 
@@ -46,11 +45,11 @@ def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, embedding_
     Raises:
         NotEnoughSignals: no held-out request of the drifted workload is long enough to hold a step.
     """
-    a, b = (replay_acceptance(draft, embedding_VD, states, settings.draft_length) for draft in (champion, challenger))
+    a, b = (replay_acceptance(draft, head, states, settings.draft_length) for draft in (champion, challenger))
     by_workload = {name: _compare(a, b, ids, settings.bootstrap, seed) for name, ids in sorted(_groups(a).items())}
     if focus_workload not in by_workload:
-        raise NotEnoughSignals(f"no held-out request of workload {focus_workload!r} has {settings.draft_length + 2} or more generated "
-                               f"tokens (held-out workloads: {', '.join(by_workload) or 'none'}): capture more before judging a draft")
+        raise NotEnoughSignals(f"no held-out request of workload {focus_workload!r} has 3 or more generated tokens "
+                               f"(held-out workloads: {', '.join(by_workload) or 'none'}): capture more before judging a draft")
     focus = by_workload[focus_workload]
     return PairedAcceptance(focus["champion"], focus["challenger"], focus["gain"], focus["gain_low"], focus["gain_high"],
                             int(focus["prompts"]), int(focus["rows"]), by_workload)

@@ -125,7 +125,7 @@ def _offline(config: TideConfig, head: TargetHead, states: Sequence[WindowStates
              workload: str) -> PairedAcceptance:
     new = _load(head, challenger)
     old = _load(head, champion) if champion else _silent(new)
-    return paired_acceptance(old, new, head.embedding_VD, states, config.gate, workload)
+    return paired_acceptance(old, new, head, states, config.gate, workload)
 
 
 def _load(head: TargetHead, build: EngineBuild) -> Eagle3Draft:

@@ -96,9 +96,11 @@ def first_draft(champion: Path | None, head: TargetHead, look: Look, settings: T
     """The draft to begin with."""
     torch.manual_seed(settings.seed)
     keep = settings.draft_vocab_size
-    target_ids = frequent_tokens(look.counts_V, keep) if 0 < keep < head.shape.vocab_size else None
-    if champion is None:
+    before = load_draft(champion, head.shape, head.identity) if champion else None
+    known_V = before.t2d if before is not None else None
+    target_ids = frequent_tokens(look.counts_V, keep, known_V) if 0 < keep < head.shape.vocab_size else None
+    if before is None:
         draft = new_draft(head, target_ids)
         for_raw_taps(draft, channel_scale(look.squares_G))                      # its random fc is meant for inputs of unit size
         return draft
-    return with_vocabulary(load_draft(champion, head.shape, head.identity), head, target_ids)
+    return with_vocabulary(before, head, target_ids)

@@ -27,7 +27,7 @@ class Selection:
     """Measures, and keeps a copy of the best so far."""
 
     def __init__(self, maker: GradientMaker, average: Average, draft_length: int, team: Team) -> None:
-        self.draft, self.embedding_VD, self.average = maker.draft, maker.head.embedding_VD, average
+        self.draft, self.head, self.average = maker.draft, maker.head, average
         self.draft_length, self.team = draft_length, team
         self.best: dict[str, Tensor] = {}
 
@@ -47,8 +47,8 @@ class Selection:
 
     def acceptance_on(self, mine: Sequence[WindowStates]) -> float:
         """Over the windows of all processes, of which `mine` are this one's; 1.0 without a step."""
-        replays = list(replay(self.draft, self.embedding_VD, mine, self.draft_length))
-        steps = torch.tensor([sum(sum(r.accepted) for r in replays), sum(r.steps for r in replays)], device=self.embedding_VD.device)
+        replays = list(replay(self.draft, self.head, mine, self.draft_length))
+        steps = torch.tensor([sum(sum(r.accepted) for r in replays), sum(r.steps for r in replays)], device=self.head.embedding_VD.device)
         self.team.add_up([steps])
         return 1.0 + float(steps[0]) / max(float(steps[1]), 1.0)
 

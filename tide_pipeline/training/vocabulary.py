@@ -14,8 +14,13 @@ from tide_pipeline.training.loss import draft_ids
 from tide_pipeline.training.target_head import TargetHead
 
 
-def frequent_tokens(counts_V: Tensor, keep: int) -> Tensor:
-    """The `keep` most frequent token ids, sorted; ties and unseen tokens by lower id."""
+def frequent_tokens(counts_V: Tensor, keep: int, known_V: Tensor | None = None) -> Tensor:
+    """The `keep` most frequent token ids, sorted; ties and unseen tokens by lower id.
+
+    A token that the champion knows (`known` [V], bool) counts once more: what it was trained on is rarely all in the lake, and of the
+    tokens that the lake does not show, its own are those that old workloads will ask for.
+    """
+    counts_V = counts_V if known_V is None else counts_V + known_V.to(counts_V)
     return counts_V.argsort(descending=True, stable=True)[:keep].sort().values
 
 
