@@ -50,7 +50,7 @@ gpu: install
 	$(BIN)/pytest -m gpu
 
 bench-quick: install
-	@for script in decode adaptive stop_rules capture_cost swaps soak gpu_engine lake_scale recompute gpu_loop; do \
+	@for script in decode adaptive stop_rules capture_cost swaps soak gpu_engine lake_scale recompute gpu_loop drift_detectors; do \
 		echo "benchmarks/$$script.py --quick"; \
 		$(BIN)/python benchmarks/$$script.py --quick > /dev/null || exit 1; \
 	done

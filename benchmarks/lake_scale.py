@@ -4,15 +4,18 @@
 
     acceptance   made-up logs of 1 and 10 million rows at the same rate: 7 days of them, hourly shards as `tide signals compact` leaves
                  them and the last half hour in a shard every 2 s; and the same 10 million in 5,000 small shards. `judge_drift` is what
-                 the drift sensor calls at each tick: `first_s` in a fresh process, without a deployment record to say where the draft's
-                 life began, `again_s` the ticks after it. Beside it the group-by of docs/signals.md over every row.
-    signals      500 and 5,000 shards of 8 small windows: `list_windows` in a fresh process and again, the newest 4,000 and all of them,
-                 and `count_rows` of the last ten minutes, which the sensor asks for while it collects.
+                 the drift sensor calls at each tick: `first_s` in a fresh process, `again_s` the ticks after it. A fresh process knows
+                 the draft's life `from the log` alone, with nothing to say where it began; or where it began `from the record` of
+                 deployments, as a stack that is up does; or `noted`, by a process before it. Beside it the group-by of docs/signals.md.
+    signals      500 and 5,000 shards of 8 small windows: `list_windows` in a fresh process and again: the newest 4,000; up to 2,000 of
+                 each workload among the newest 3,000, as training asks for them (with larger numbers); and all of them; and `count_rows`
+                 of the last ten minutes, which the sensor asks for while it collects.
     writer       against writing and syncing the same bytes raw, in alternating pairs (lake_encoding.against_raw), on 16 MB of states.
     reader       rows per second with every check, over what one training step consumes (results/train_loss_html_2cores.json).
 
-Every measurement is a process of its own; `peak_mb` is how far its resident memory rose above what imports took. Files are in the page
-cache: it is the code that is measured, not the disk (the writer's pairs do sync).
+`--part acceptance` measures that alone (acceptance, signals, states). Every measurement is a process of its own; `peak_mb` is how far
+its resident memory rose above what imports took. Files are in the page cache: it is the code that is measured, not the disk (the
+writer's pairs do sync).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -47,7 +51,9 @@ from tide_pipeline.capture.shard import write_shard, write_successor
 from tide_pipeline.capture.store import Store, open_store
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.config import TideConfig, override, project_root
-from tide_pipeline.contracts import SamplingParams
+from tide_pipeline.contracts import Deployment, EngineBuild, SamplingParams
+from tide_pipeline.deployment.builds import build_dir, save_build
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.drift.judge import judge_drift
 from tide_pipeline.drift.views import connect
 
@@ -157,11 +163,30 @@ def _whole_log(config: TideConfig, threads: int, rounds: int) -> dict[str, Any]:
     return {"threads": threads, "first_s": round(times[0], 3), "again_s": round(statistics.median(times[1:]), 3)}
 
 
-def _listing(root: Path, limit: int | None, now: float, rounds: int) -> dict[str, Any]:
+def deploy(config: TideConfig, version: str, at: float) -> None:
+    """A deployment record that says since when `version` serves."""
+    folder = build_dir(config.state.builds, config.target, version)
+    folder.mkdir(parents=True)
+    save_build(EngineBuild(version, config.target, "embedded", str(folder), version, "0" * 64, "0" * 64, 0.0, {}))
+    DeploymentRecord(config.state.deployments, config.target).append(
+        Deployment(1, config.target, {"rest": {"*": version}}, (), "stable", "benchmark", "benchmark", at))
+
+
+def looks(config: TideConfig, quick: bool, now: float, seconds: float) -> dict[str, Any]:
+    """`judge_drift` by what a fresh process has to go by."""
+    rounds = 2 if quick else 20
+    out = {"from the log": alone(quick, _sensor, config, now, rounds), "noted": alone(quick, _sensor, config, now, rounds)}
+    shutil.rmtree(config.state.drift)
+    deploy(config, "v2", now - seconds / 2)
+    return out | {"from the record": alone(quick, _sensor, config, now, rounds)}
+
+
+def _listing(root: Path, asked: dict[str, int], now: float, rounds: int) -> dict[str, Any]:
     found = []
-    times = [timed(lambda: found.append(len(list_windows(root, TARGET, max_windows=limit).windows))) for _ in range(rounds + 1)]
+    ask: Any = asked
+    times = [timed(lambda: found.append(len(list_windows(root, TARGET, **ask).windows))) for _ in range(rounds + 1)]
     recent = [timed(lambda: count_rows(root, TARGET, since=now - 600, workloads={"en"})) for _ in range(rounds)]
-    return {"max_windows": limit, "windows": found[-1], "first_s": round(times[0], 3), "again_s": round(statistics.median(times[1:]), 3),
+    return {"asked": asked, "windows": found[-1], "first_s": round(times[0], 3), "again_s": round(statistics.median(times[1:]), 3),
             "count_rows_10_min_s": round(statistics.median(recent), 4)}
 
 
@@ -189,7 +214,7 @@ def acceptance(folder: Path, quick: bool) -> list[dict[str, Any]]:
         shards = make_acceptance(open_store(config.state.acceptance), now, rows, seconds, shard_s, 30.0 if quick else 2.0)
         size = sum(file.size for file in open_store(config.state.acceptance).files(recursive=True))
         out.append({"layout": name, "rows": rows, "shards": shards, "mb": round(size / 1e6), "days": round(seconds / 86_400, 2),
-                    "judge_drift": alone(quick, _sensor, config, now, 2 if quick else 20),
+                    "judge_drift": looks(config, quick, now, seconds),
                     "every_row": [alone(quick, _whole_log, config, threads, 1 if quick else 3) for threads in (1, 2)]})
         print(json.dumps(out[-1]), file=sys.stderr, flush=True)
     return out
@@ -200,8 +225,9 @@ def signals(folder: Path, quick: bool) -> list[dict[str, Any]]:
     for shards in (20, 100) if quick else (500, 5000):
         root, now = folder / f"signals-{shards}", time.time()
         make_signals(open_store(root), now, shards)
-        out.append({"shards": shards, "list_windows": [alone(quick, _listing, root, limit, now, 1 if quick else 3)
-                                                       for limit in (4000, None)]})
+        out.append({"shards": shards, "list_windows": [
+            alone(quick, _listing, root, asked, now, 1 if quick else 3)
+            for asked in ({"max_windows": 4000}, {"max_each": 2000, "among": 3000}, {})]})
         print(json.dumps(out[-1]), file=sys.stderr, flush=True)
     return out
 
@@ -213,21 +239,29 @@ def training_rows_per_s() -> float:
     return float(rows / min(variant["mean"]["cpu_s_per_step"] for variant in found["variants"].values()))
 
 
+def writing_and_reading(folder: Path, quick: bool) -> dict[str, Any]:
+    states = torch.randn(1024 if quick else 8192, 1024).bfloat16()
+    found = against_raw(states, 2 if quick else 30, folder)
+    trained, read = training_rows_per_s(), found["checked_reading_mb_per_cpu_s"] * 1e6 / (2 * states.shape[1])
+    return {"states": found, "reader_over_training": {"read_rows_per_cpu_s": round(read), "trained_rows_per_cpu_s": round(trained),
+                                                      "ratio": round(read / trained)}}
+
+
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--part", action="append", choices=("acceptance", "signals", "states"), help="only this; may be given again")
+    args = options.parse_args()
+    parts = args.part or ["acceptance", "signals", "states"]
     result = settle()
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     sync, os.fsync = os.fsync, lambda _: None               # a lake that is made up need not survive a power cut
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result |= {"acceptance": acceptance(folder, args.quick), "signals": signals(folder, args.quick)}
+        for part, measure in (("acceptance", acceptance), ("signals", signals)):
+            if part in parts:
+                result[part] = measure(Path(name), args.quick)
         os.fsync = sync
-        states = torch.randn(1024 if args.quick else 8192, 1024).bfloat16()
-        result["states"] = against_raw(states, 2 if args.quick else 30, folder)
-    trained = training_rows_per_s()
-    read = result["states"]["checked_reading_mb_per_cpu_s"] * 1e6 / (2 * states.shape[1])
-    result["reader_over_training"] = {"read_rows_per_cpu_s": round(read), "trained_rows_per_cpu_s": round(trained),
-                                      "ratio": round(read / trained)}
+        if "states" in parts:
+            result |= writing_and_reading(Path(name), args.quick)
     finish(result, args)
 
 

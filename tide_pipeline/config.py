@@ -88,6 +88,9 @@ class DriftSettings:
     min_signal_rows: int = 20_000      # captured token rows needed before training starts (N_threshold)
     cooldown_s: float = 60.0           # after an adaptation of the same workload
     max_attempts: int = 3              # per drift episode
+    training_hours_per_day: float = 8.0    # adaptations of a target may take together, in any 24 hours; 0 is no limit
+    pay_back_s: float = 86_400.0       # in which an adaptation must earn the tokens that training costs; 0 is not asked
+    training_slowdown: float = 0.5     # share of serving lost while a draft trains; 0 where it trains on devices of its own
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,10 @@ class StatePaths:
     @property
     def observed(self) -> Path:
         return self.root / "observed"
+
+    @property
+    def drift(self) -> Path:
+        return self.root / "drift"
 
     @property
     def training(self) -> Path:

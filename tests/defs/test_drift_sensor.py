@@ -18,6 +18,7 @@ from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import AcceptanceRow
 from tide_pipeline.definitions import defs
+from tide_pipeline.defs.budget import hours_spent
 from tide_pipeline.defs.drift_sensor import drift_sensor
 from tide_pipeline.defs.episodes import Episode, Memory
 from tide_pipeline.defs.resources import TideResource
@@ -214,6 +215,32 @@ def test_the_lake_is_observed_at_most_every_ten_seconds(bench: Bench) -> None:
     assert numbers["requests"] == 26 and numbers["bytes_last_hour"] > 0
     assert windows.metadata["rows_last_hour"].value == 26 and windows.metadata["bytes_last_hour"].value > 0
     assert bench.tick().asset_events == []
+
+
+def test_the_budget_of_training_hours(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    run = bench.run(dg.DagsterRunStatus.STARTING, target="pocket", workload="prose")
+    bench.instance.report_dagster_event(dg.DagsterEvent("PIPELINE_START", "adapt_draft"), run_id=run.run_id)
+    now = time.time()
+    assert hours_spent(bench.instance, "pocket", now + 7200) == pytest.approx(2.0, abs=0.01), "one that goes on counts so far"
+    assert hours_spent(bench.instance, "pocket", now + 25 * 3600) == 0.0, "nothing moved for a day"
+    assert hours_spent(bench.instance, "llama", now + 7200) == 0.0
+    bench.instance.report_run_failed(bench.instance.get_run_by_id(run.run_id), "gate not passed")
+    assert hours_spent(bench.instance, "pocket", now + 7200) == pytest.approx(0.0, abs=0.01)
+    recipes.freeze(override(bench.config, {"drift": {"training_hours_per_day": 1e-9}}), Path(bench.tide.config_file))
+    said = why(bench.tick())
+    assert re.search(r"code: drifted, but adaptations of pocket took 0\.0\d hours in the last 24, .* is 1e-09: wait", said), said
+    recipes.freeze(override(bench.config, {"drift": {"training_hours_per_day": 0.0}}), Path(bench.tide.config_file))
+    _later(bench)
+    assert bench.tick().run_requests, "0 is no limit"
+
+
+def test_what_does_not_pay_is_left(bench: Bench) -> None:
+    bench.drift()
+    bench.collect(6)
+    recipes.freeze(override(bench.config, {"drift": {"pay_back_s": 0.01}}), Path(bench.tide.config_file))
+    assert re.search(r"code: drifted, but not worth it: [\d,]+ tokens of training in .*, at \d+\.\d tokens/s more", why(bench.tick()))
 
 
 def _later(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import time
 import zlib
 from pathlib import Path
@@ -20,11 +21,15 @@ from tide_pipeline.capture import names
 from tide_pipeline.capture.compact import compact
 from tide_pipeline.capture.index import Memory
 from tide_pipeline.capture.layout import first_day, live_shards, newest_first, survey
-from tide_pipeline.capture.reader import list_windows
+from tide_pipeline.capture.newest import Newest
+from tide_pipeline.capture.reader import find_again, identity, list_windows
+from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA
 from tide_pipeline.capture.store import Stored, open_store
 from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.drift import early
 from tide_pipeline.drift.early import early_life
+from tide_pipeline.drift.shards import Part, readable_shards
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 NOON = time.time() // DAY_S * DAY_S - DAY_S / 2            # yesterday
@@ -182,6 +187,7 @@ def at_once(config: TideConfig, version: str, monkeypatch: pytest.MonkeyPatch) -
     """The same from one query over the whole log."""
     with monkeypatch.context() as then:
         then.setattr(early, "_seen", {})
+        then.setattr(early, "noted", lambda *_: None)
         then.setattr(early, "_periods", lambda begin, now: [(begin, None)])
         return early_life(config, version, None)
 
@@ -229,3 +235,43 @@ def test_rows_that_come_late_are_counted_once_and_in_their_place(config: TideCon
     patch.__exit__(None, None, None)
     life = early_life(config, "v1", None)
     assert life.overall is not None and life.overall.estimate.steps == 9 * 30 and life == at_once(config, "v1", monkeypatch)
+
+
+def test_only_shards_that_can_hold_the_version_are_opened(config: TideConfig) -> None:
+    for i, version in enumerate(("v1", "v2", "v3", "v1")):
+        log(config, NOON + i * HOUR_S, 1, 600.0, draft_version=version)
+    root = config.state.acceptance
+    found = [len(readable_shards(root, TARGET, ACCEPTANCE_SCHEMA, Part(version=version))[0]) for version in (None, "v1", "v2", "v9")]
+    assert found == [4, 2, 1, 0]
+
+
+def test_windows_are_listed_no_further_than_asked(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, opened = index_module._read, []
+    monkeypatch.setattr(index_module, "_memory", Memory(1000))
+    monkeypatch.setattr(index_module, "_read", lambda shard, target: opened.append(shard) or read(shard, target))
+    assert [w.request_id for w in list_windows(lake / "signals", TARGET, among=3).windows] == ["h+2", "h+1", "h+0"] and len(opened) == 3
+    assert [w.request_id for w in list_windows(lake / "signals", TARGET, max_each=2).windows] == ["h+2", "h+1"]
+
+
+def test_pinned_windows_are_found_where_compaction_put_them(tmp_path: Path) -> None:
+    recorder = make_recorder(tmp_path)
+    for i in range(4):
+        FakeEngine(recorder).run(f"r{i}")
+    recorder.close()
+    before = list_windows(tmp_path / "signals", TARGET).windows
+    write(tmp_path, "another", time.time() + 1)
+    compact(tmp_path, grace_s=0.0)
+    pinned = {identity(w) for w in before[1:3]}
+    found = find_again(tmp_path / "signals", TARGET, pinned).windows
+    assert {identity(w) for w in found} == pinned and [w.request_id for w in found] == [w.request_id for w in before[1:3]]
+    assert find_again(tmp_path / "signals", TARGET, set()).windows == []
+
+
+def test_the_newest_are_kept_whatever_the_order() -> None:
+    windows = [SignalWindow("shard", i, f"r{i}", "acme", "en" if i % 3 else "de", "v1", "e", 0, 8, 4, "p", 0.0, float(i))
+               for i in range(10_000)]
+    random.Random(0).shuffle(windows)
+    newest = Newest(most_each=3)
+    for window in windows:
+        newest.put(window)
+    assert [w.closed_at for w in newest.windows()] == [9999, 9998, 9997, 9996, 9995, 9993]

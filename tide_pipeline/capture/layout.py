@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -118,17 +119,21 @@ def targets(root: Root) -> list[str]:
 
 def superseded_by(shard: Stored) -> frozenset[str]:
     """Names in the footer of a shard: what it stands for."""
-    return _footer(shard)[1]
+    return frozenset(json.loads(_names(shard)))
 
 
 def _survey(store: Store, parts: Sequence[str], since: float | None) -> Listing:
     found, good = Listing(), []
-    for file in _snapshot(store, parts, since):
+    files = _snapshot(store, parts, since)
+    crowded = {folder for folder, count in Counter(file.folder for file in files).items() if count > 1}
+    for file in files:
         if is_leftover(file.name):
             found.leftovers.append(file)
         elif file.name.endswith(".parquet") and not file.name.startswith("."):
             try:
-                reason = _footer(file)[0]
+                reason = _incomplete(file)
+                if not reason and is_compact(file.name) and file.folder in crowded:
+                    superseded_by(file)            # here, where a footer that can't be read has its reason written down
             except FileNotFoundError as error:
                 raise Vanished(f"{file} was replaced while the lake was listed, again and again: wait for the maintenance") from error
             except (OSError, ValueError, pa.ArrowException) as error:
@@ -137,7 +142,7 @@ def _survey(store: Store, parts: Sequence[str], since: float | None) -> Listing:
                 found.skipped.append((file, reason))
             else:
                 good.append(file)
-    gone, doubles = _superseded([file for file in good if is_compact(file.name)])
+    gone, doubles = _superseded([file for file in good if is_compact(file.name) and file.folder in crowded])
     found.skipped += doubles.items()
     for file in sorted(good, key=lambda file: (written_at(file), file.name)):
         if file not in doubles:
@@ -207,10 +212,16 @@ def _span(folder: str) -> tuple[float, float]:
 
 
 @functools.lru_cache(maxsize=65_536)
-def _footer(file: Stored) -> tuple[str, frozenset[str]]:
-    """Why a file is no complete Parquet ("" when it is one), and what it supersedes. Errors are not remembered."""
+def _incomplete(file: Stored) -> str:
+    """Why a file is no complete Parquet; "" when it is one. Errors are not remembered."""
     with file.open() as stream:
         if file.size < 12 or stream.read_at(4, 0) != _MAGIC or stream.read_at(4, file.size - 4) != _MAGIC:
-            return f"not a complete Parquet file ({file.size} bytes): truncated, or of another kind", frozenset()
-        names = (pq.read_metadata(stream).metadata or {}).get(SUPERSEDES_KEY, b"[]") if is_compact(file.name) else b"[]"
-    return "", frozenset(json.loads(names))
+            return f"not a complete Parquet file ({file.size} bytes): truncated, or of another kind"
+    return ""
+
+
+@functools.lru_cache(maxsize=256)          # of up to 100 KB
+def _names(file: Stored) -> bytes:
+    """JSON list of what a shard supersedes, from its footer: slow to read, and needed only where other files lie beside it."""
+    with file.open() as stream:
+        return bytes((pq.read_metadata(stream).metadata or {}).get(SUPERSEDES_KEY, b"[]"))

@@ -19,13 +19,14 @@ from tide_pipeline.capture.encode import window_digest
 from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
+from tide_pipeline.capture.newest import Newest
 from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
-__all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "identity", "list_windows", "live_shards", "read_states"]
+__all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "find_again", "identity", "list_windows", "live_shards", "read_states"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,46 +69,53 @@ def identity(window: SignalWindow) -> Identity:
 
 
 def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
-                 engine_digest: str | None = None, max_windows: int | None = None) -> WindowIndex:
+                 engine_digest: str | None = None, max_windows: int | None = None, max_each: int | None = None,
+                 among: int | None = None) -> WindowIndex:
     """Windows of `target` that match, newest first; [] when none does.
+
+    `max_windows` at most, and of every workload `max_each` at most. `among`: of the newest shards that hold so many windows together;
+    older ones are not opened, so that time and memory are bounded whatever the lake holds.
 
     Raises:
         NotEnoughSignals: the lake holds nothing at all for this target.
         LakeError: the lake can't be listed.
     """
-    return settled(lambda: _list_windows(signals_root, target, workloads, since, engine_digest, max_windows))
+    def wanted(window: SignalWindow) -> bool:
+        return ((workloads is None or window.workload in workloads) and (since is None or window.closed_at >= since))
+
+    return settled(lambda: _list_windows(signals_root, target, wanted, since, engine_digest, Newest(max_windows, max_each), among))
 
 
-def _list_windows(root: Root, target: str, workloads: Collection[str] | None, since: float | None, engine_digest: str | None,
-                  max_windows: int | None) -> WindowIndex:
+def find_again(signals_root: Root, target: str, known: Collection[Identity]) -> WindowIndex:
+    """Windows by what stays of them, wherever maintenance has put them; of those that no shard holds, nothing. Raises as list_windows."""
+    since = min((closed_at for _, _, _, closed_at, _ in known), default=float("inf"))
+    return settled(lambda: _list_windows(signals_root, target, lambda window: identity(window) in known, since, None, Newest(), None))
+
+
+def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, engine_digest: str | None,
+                  found: Newest, among: int | None) -> WindowIndex:
     # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
-    listings = iter([survey(root, target, since)]) if max_windows is None else newest_first(root, target, since)
+    listings = iter([survey(root, target, since)]) if not found.is_bounded and among is None else newest_first(root, target, since)
     tombstones = read_tombstones(root)
-    found: list[SignalWindow] = []
     skipped: list[tuple[Stored, str]] = []
     seen: set[tuple[str, int, int, float]] = set()
     other_engines, is_empty = 0, True
     for shard in _newest_first(listings, skipped):
         is_empty = False
-        if max_windows is not None and found and len(found) >= max_windows and written_at(shard) < found[-1].closed_at:
-            break                          # no row of this shard, or of an older one, closed later than what we have
+        if found.needs_nothing_before(written_at(shard)) or (among is not None and len(seen) >= among):
+            break
         for window in _first_seen(_readable_windows(shard, target, skipped), seen, shard, skipped):
-            if tombstones and tombstones.cover(window.request_id, window.tenant, window.closed_at):
-                continue
-            if (workloads is not None and window.workload not in workloads) or (since is not None and window.closed_at < since):
+            if (tombstones and tombstones.cover(window.request_id, window.tenant, window.closed_at)) or not wanted(window):
                 continue
             if engine_digest is not None and window.engine_digest != engine_digest:
                 other_engines += 1
                 continue
-            found.append(window)
-        if max_windows is not None:
-            found.sort(key=lambda window: window.closed_at, reverse=True)
-            del found[max_windows:]
+            found.put(window)
     if is_empty and not skipped and (since is None or _holds_nothing(root, target)):
         others = ", ".join(targets(root))
         raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
                                + (f", or name one of the targets there: {others}" if others else ""))
-    return WindowIndex(sorted(found, key=lambda window: window.closed_at, reverse=True), skipped, other_engines)
+    return WindowIndex(found.windows(), skipped, other_engines)
 
 
 def _newest_first(listings: Iterable[Listing], skipped: list[tuple[Stored, str]]) -> Iterator[Stored]:

@@ -1,4 +1,4 @@
-"""tide drift | sql | report: what the signal lake says."""
+"""tide sql | report: what the signal lake says."""
 
 from __future__ import annotations
 
@@ -10,27 +10,8 @@ from typing import Annotated
 
 import typer
 
-from tide_pipeline.cli.app import LOOK, STAGES, JsonFlag, app, console, print_json, print_table, settings_of
+from tide_pipeline.cli.app import LOOK, JsonFlag, app, console, print_json, print_table, settings_of
 from tide_pipeline.errors import InvalidRequest
-
-
-@app.command(rich_help_panel=STAGES)
-def drift(ctx: typer.Context, as_json: JsonFlag = False) -> None:
-    """Judge now whether acceptance has fallen, workload by workload. Launches nothing: the sensor does.
-
-    [bold]tide drift --set drift.recent_s=20[/bold]
-    """
-    from tide_pipeline.drift.judge import judge_drift
-
-    config = settings_of(ctx)
-    verdicts = judge_drift(config)
-    if as_json:
-        print_json(verdicts)
-    elif not verdicts:
-        console().print(f"no request of {config.target} was answered in the last {config.drift.recent_s:.0f} s: nothing to judge")
-    else:
-        print_table(("workload", "drifted", "draft", "why"),
-                    [(v.workload, "yes" if v.drifted else "no", v.draft_version, v.reason) for v in verdicts])
 
 
 @app.command(rich_help_panel=LOOK)

@@ -11,6 +11,7 @@ import dagster as dg
 
 from tide_pipeline.config import StackSettings, TideConfig
 from tide_pipeline.contracts import DriftVerdict
+from tide_pipeline.defs.budget import why_too_much
 from tide_pipeline.defs.draft import AdaptConfig
 from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
 from tide_pipeline.defs.jobs import ATTEMPT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
@@ -36,6 +37,9 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
     running = adaptation_under_way(context.instance, config.target)
     episodes = memory.episodes | {v.workload: _episode(context.instance, memory, v, running, now, config) for v in verdicts}
     chosen, reason = choose(config, verdicts, episodes, now) if running is None else (None, _busy(running))
+    if chosen is not None and (too_much := why_too_much(context.instance, config, now)):
+        reason = f"{chosen.workload}: drifted, but {too_much} ({chosen.reason})"
+        chosen = None
     if chosen is not None:
         episode = episodes[chosen.workload]
         episodes[chosen.workload] = dataclasses.replace(episode, attempts=episode.attempts + 1, last_run=now)
@@ -52,6 +56,7 @@ def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mappi
     """The workload to adapt to now (the surest, largest drop first), or why there is none."""
     from tide_pipeline.capture.reader import count_rows
 
+    served = _served(config, now) if any(verdict.drifted for verdict in verdicts) else {}
     waiting = []
     for verdict in sorted(verdicts, key=lambda v: -v.drop_low):
         episode = episodes[verdict.workload]
@@ -59,11 +64,30 @@ def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mappi
             waiting.append(f"{verdict.workload}: {verdict.reason}")
             continue
         rows = count_rows(config.state.signals, config.target, workloads={verdict.workload}, since=episode.since)
-        wait = why_wait(episode, rows, now, config.drift)
+        wait = why_wait(episode, rows, now, config.drift) or _why_not_worth(config, verdict, served)
         if not wait:
             return verdict, ""
         waiting.append(f"{verdict.workload}: {wait} ({verdict.reason})")
     return None, "; ".join(waiting) or f"no request of {config.target} was answered lately: nothing to judge"
+
+
+def _served(config: TideConfig, now: float) -> dict[str, float]:
+    """Tokens per second of each workload, over as long as drift may look back."""
+    from tide_pipeline.drift.acceptance import REACH
+    from tide_pipeline.drift.series import live
+
+    rates: dict[str, float] = {}
+    for bucket in live(config, REACH * config.drift.recent_s, now).workloads:
+        rates[bucket.workload] = rates.get(bucket.workload, 0.0) + bucket.tokens_per_s
+    return rates
+
+
+def _why_not_worth(config: TideConfig, verdict: DriftVerdict, served: Mapping[str, float]) -> str:
+    from tide_pipeline.drift.worth import Price, worth
+
+    found = worth(rate=verdict.first_position_rate, drop=verdict.drop, tokens_per_s=served.get(verdict.workload, 0.0),
+                  all_tokens_per_s=sum(served.values()), price=Price.of(config))
+    return "" if found.is_worth else f"drifted, but {found.reason}"
 
 
 def adaptation_under_way(instance: dg.DagsterInstance, target: str) -> dg.DagsterRun | None:

@@ -1,8 +1,9 @@
 """The early life of a draft version: what it was worth when it was promoted. Knows the log; decides nothing.
 
 Its first N drafted steps, of MIN_REQUESTS requests or more, over all workloads and of each that was served then; fixed once complete.
-The log is read from the version's first hour on, a few hours at a time, and only rows that can be among the first are kept: a log of any
-size takes little memory, and is read no further than needed. A life that is not complete goes on where the last look ended.
+The log is read from the version's first hour on, a few hours and at most MOST_ROWS rows at a time, and only rows that can be among the
+first are kept: a log of any size takes the same memory, and is read no further than needed. A life that is not complete goes on where
+the last look ended; one that is, is noted (promoted.py) and never read again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +20,13 @@ from tide_pipeline.capture.layout import first_day
 from tide_pipeline.config import DriftSettings, TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD
 from tide_pipeline.drift.acceptance import FINISH, MIN_REQUESTS
-from tide_pipeline.drift.rates import RateEstimate, clustered
+from tide_pipeline.drift.promoted import Early, EarlyLife, note, noted
+from tide_pipeline.drift.rates import clustered
 from tide_pipeline.drift.views import read
 
 LATE_S = 600.0                     # rows may come that much later than they were closed: a disk that refused, clocks that differ
 HOUR_S, MOST_HOURS = 3600.0, 6    # read at a time: one hour first, then twice as many each time
+MOST_ROWS = 8192                   # looked through at a time: the oldest of those hours first
 
 _KEPT = pa.schema([("workload", pa.string()), ("request_id", pa.string()), ("t", pa.float64()), ("n", pa.int32()), ("d", pa.int32()),
                    ("a", pa.int32())])
@@ -34,48 +38,21 @@ counted as (select *, sum(d) over older - d as steps_before, sum(opens) over old
             from marked window older as (partition by scope order by t, request_id rows unbounded preceding)),
 early as (select *, 0 as slice from counted where steps_before < $steps or requests_before < $requests),
 chosen as (select * from early where scope = '{ANY_WORKLOAD}' or scope in (select workload from early where scope = '{ANY_WORKLOAD}'))"""  # noqa: S608
+# Of the oldest rows since `begin`, those that may count, and up to where all were seen (null: to the end); rows of one instant together.
 _KEEP = f"""
-with new as (select workload, request_id, epoch(time) as t, num_steps as n, drafted[1] as d, accepted[1] as a from acceptance
-             where draft_version = $version and draft_length > 0 and time > to_timestamp($after)
-               and ($workloads::varchar[] is null or list_contains($workloads::varchar[], workload) or epoch(time) <= $end)),
-rows as (select row_number() over () as id, * from (select * from kept union all select * from new)), {_CHOSEN}
-select any_value(workload), any_value(request_id), any_value(t), any_value(n), any_value(d), any_value(a) from chosen group by id
+with new as (select time, workload, request_id, epoch(time) as t, num_steps as n, drafted[1] as d, accepted[1] as a from acceptance
+             where draft_version = $version and draft_length > 0 and time >= $begin
+               and ($workloads::varchar[] is null or list_contains($workloads::varchar[], workload) or epoch(time) <= $end)
+             order by time, request_id limit $most),
+reach as (select case when count(*) = $most then max(time) end as until from new),
+rows as (select row_number() over () as id, * from (
+            select * from kept union all select workload, request_id, t, n, d, a from new, reach where until is null or time < until)),
+{_CHOSEN},
+picked as (select any_value(workload) as workload, any_value(request_id) as request_id, any_value(t) as t, any_value(n) as n,
+                  any_value(d) as d, any_value(a) as a from chosen group by id)
+select epoch_us(until), picked.* from reach left join picked on true
 """  # noqa: S608 - values are bound
 _RATES = f"with rows as (select 0 as id, * from kept), {_CHOSEN}, {FINISH}"  # noqa: S608
-
-
-@dataclass(frozen=True, slots=True)
-class Early:
-    """Early life of a draft on one workload, or of all it served then."""
-
-    estimate: RateEstimate
-    until: float                   # Unix seconds of its last row
-    is_complete: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EarlyLife:
-    """Of one draft version. A workload that was not served then has no entry of its own."""
-
-    overall: Early | None = None
-    by_workload: Mapping[str, Early] | None = None
-
-    def of(self, workload: str) -> Early | None:
-        """What `workload` is compared with: its own early life, or that of everything where it came later."""
-        return (self.by_workload or {}).get(workload, self.overall)
-
-    @property
-    def is_final(self) -> bool:
-        """Nothing that is logged later changes it."""
-        everyone = [self.overall, *(self.by_workload or {}).values()]
-        return all(early is not None and early.is_complete for early in everyone)
-
-    @property
-    def waits_for(self) -> list[str] | None:
-        """Workloads whose later rows can still count; None while those of every workload can."""
-        if self.overall is None or not self.overall.is_complete:
-            return None
-        return [workload for workload, early in (self.by_workload or {}).items() if not early.is_complete]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +64,8 @@ class _Seen:
     looked_at: float = float("-inf")               # all that was in the log then has been seen
 
 
-_seen: dict[tuple[str, str, str, int], _Seen] = {}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_seen: dict[tuple[str, str, str, str, int], _Seen] = {}
 
 
 def baseline_steps(settings: DriftSettings) -> int:
@@ -97,10 +75,14 @@ def baseline_steps(settings: DriftSettings) -> int:
 
 def early_life(config: TideConfig, version: str, since: float | None) -> EarlyLife:
     """Of a draft version that served from `since` (Unix seconds; None: the lake's first day) on. Raises LakeError."""
-    key = (str(config.state.acceptance), config.target, version, baseline_steps(config.drift))
-    seen = _seen.get(key, _Seen())
+    steps = baseline_steps(config.drift)
+    key = (str(config.state.root), str(config.state.acceptance), config.target, version, steps)
+    seen = _seen.get(key) or _Seen(noted(config, version, steps) or EarlyLife())
     if not seen.life.is_final:
-        _seen[key] = seen = _look(config, version, since, seen)
+        seen = _look(config, version, since, seen)
+        if seen.life.is_final:
+            note(config, version, steps, seen.life)
+    _seen[key] = seen
     return seen.life
 
 
@@ -111,14 +93,29 @@ def _look(config: TideConfig, version: str, since: float | None, seen: _Seen) ->
     begin = (first_day(config.state.acceptance, config.target) if since is None else since) if is_first else after
     life = seen.life
     rows: Sequence[tuple[Any, ...]] = [row for row in seen.rows if row[2] <= after]    # later ones are read again, and those that came late
-    wanted: dict[str, Any] = {"steps": baseline_steps(config.drift), "requests": MIN_REQUESTS}
-    for start, end in _periods(begin, begun) if begin is not None else ():
-        asked = {**wanted, "version": version, "after": after, "workloads": life.waits_for, "end": _end_of(life)}
-        rows = read(config, _KEEP, asked, since=start, until=end, tables={"kept": _table(rows)})
-        life = _rates(config, rows, wanted)
-        if life.is_final and end is not None and end > _end_of(life) + LATE_S:
+    for period in _periods(begin, begun) if begin is not None else ():
+        life, rows = _through(config, version, period, after, life, rows)
+        if life.is_final and period[1] is not None and period[1] > _end_of(life) + LATE_S:
             break
     return _Seen(life, () if life.is_final else rows, begun)
+
+
+def _through(config: TideConfig, version: str, period: tuple[float, float | None], after: float, life: EarlyLife,
+             rows: Sequence[tuple[Any, ...]]) -> tuple[EarlyLife, Sequence[tuple[Any, ...]]]:
+    """Go on through the shards of a period: rows closed later than `after`, the oldest first."""
+    wanted: dict[str, Any] = {"steps": baseline_steps(config.drift), "requests": MIN_REQUESTS}
+    begin_us, most = int(after * 1e6) + 1, MOST_ROWS
+    while True:
+        asked = {**wanted, "version": version, "begin": _EPOCH + timedelta(microseconds=begin_us), "workloads": life.waits_for,
+                 "end": _end_of(life), "most": most}
+        found = read(config, _KEEP, asked, since=period[0], until=period[1], version=version, tables={"kept": _table(rows)})
+        until_us, rows = found[0][0], [tuple(row) for _, *row in found if row[1] is not None]
+        if rows:
+            life = _rates(config, rows, wanted)
+        if until_us is None or (life.is_final and until_us / 1e6 > _end_of(life)):
+            return life, rows
+        most = MOST_ROWS if until_us > begin_us else 2 * most              # that many rows of one instant
+        begin_us = until_us
 
 
 def _periods(begin: float, now: float) -> Iterator[tuple[float, float | None]]:

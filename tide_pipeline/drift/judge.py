@@ -45,7 +45,8 @@ def judge(*, target: str, workload: str, draft_version: str, recent: RateEstimat
     drop, low, high = drop_interval(recent, baseline)
     drifted = low >= settings.min_drop
     reason = (f"first-position acceptance {recent.rate:.2f}, baseline {baseline.rate:.2f}, drop {drop:.2f} ({low:.2f} to {high:.2f}) "
-              f"over {recent.steps} steps: lower end {'>=' if drifted else '<'} {settings.min_drop:.2f}")
+              f"over {recent.steps} steps: lower end {'>=' if drifted else '<'} {settings.min_drop:.2f}"
+              + ("; a real drop, too small to act on yet" if 0 < low < settings.min_drop else ""))
     return DriftVerdict(target, workload, drifted=drifted, enough_data=True, first_position_rate=recent.rate, baseline_rate=baseline.rate,
                         drop=drop, drop_low=low, drop_high=high, num_steps=recent.steps, baseline_steps=baseline.steps,
                         draft_version=draft_version, reason=reason)

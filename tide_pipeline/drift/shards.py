@@ -1,12 +1,14 @@
 """Which shards SQL may be asked over, and what is wrong with the others. Knows Parquet files; knows no SQL.
 
-Footers are checked once per shard. Pages are read through only after a query has failed, and what is found is remembered.
+Footers are read once per shard: do its columns fit, and which draft versions can be in it? Pages are read through only after a query has
+failed, and what is found is remembered.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -16,28 +18,35 @@ from tide_pipeline.capture.encryption import for_reading, parquet_file
 from tide_pipeline.capture.layout import Vanished, scan, settled
 from tide_pipeline.capture.store import Root, Stored
 
+_ANY_VERSION = "", chr(sys.maxunicode)
 _damaged: dict[Stored, str] = {}           # the footer is right and the pages are not
 
 
-Period = tuple[float | None, float | None]     # as `since` and `until` of live_shards: whole shards, hours at the end
+class Part(NamedTuple):
+    """Of a dataset: whole shards, those that can hold what is asked for."""
+
+    since: float | None = None             # as of live_shards
+    until: float | None = None
+    version: str | None = None             # of the draft
 
 
-def readable_shards(root: Root, target: str, schema: Any, period: Period) -> tuple[list[Stored], list[tuple[Stored, str]]]:
+def readable_shards(root: Root, target: str, schema: Any, part: Part) -> tuple[list[Stored], list[tuple[Stored, str]]]:
     """Live shards that have the schema's columns, oldest first, and what was left out with its reason."""
-    return settled(lambda: _readable(root, target, schema, period))
+    return settled(lambda: _readable(root, target, schema, part))
 
 
-def _readable(root: Root, target: str, schema: Any, period: Period) -> tuple[list[Stored], list[tuple[Stored, str]]]:
-    shards, left_out = scan(root, target, *period)
+def _readable(root: Root, target: str, schema: Any, part: Part) -> tuple[list[Stored], list[tuple[Stored, str]]]:
+    shards, left_out = scan(root, target, part.since, part.until)
     files = []
     for shard in shards:
         try:
-            why = _damaged.get(shard) or _unlike(shard, schema)
+            unlike, first, last = _footer(shard, schema)
+            why = _damaged.get(shard) or unlike
         except FileNotFoundError as error:
             raise Vanished(f"{shard} was replaced while the lake was listed: ask again") from error
         if why:
             left_out.append((shard, why))
-        else:
+        elif part.version is None or first <= part.version <= last:
             files.append(shard)
     return files, left_out
 
@@ -52,25 +61,37 @@ def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
                       partition_base_dir=store.base, schema=pa.schema([*schema, *partitions.schema]))
 
 
-def find_damage(root: Root, target: str, period: Period) -> None:
+def find_damage(root: Root, target: str, part: Part) -> None:
     """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on."""
-    for shard in scan(root, target, *period)[0]:
+    for shard in scan(root, target, part.since, part.until)[0]:
         if shard not in _damaged and (why := _damage(shard)):
             _damaged[shard] = why
 
 
 @functools.lru_cache(maxsize=65_536)
-def _unlike(shard: Stored, schema: Any) -> str:
-    """Which column keeps a shard from being read as `schema`; "" when none does."""
+def _footer(shard: Stored, schema: Any) -> tuple[str, str, str]:
+    """Which column keeps a shard from being read as `schema` ("" when none does), and its first and last draft version by name."""
     try:
         with shard.open() as stream:
-            found = pq.read_schema(stream, **for_reading())
+            metadata = pq.read_metadata(stream, **for_reading())
+            found = metadata.schema.to_arrow_schema()
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        return f"unreadable: {error}"
+        return f"unreadable: {error}", *_ANY_VERSION
     wrong = [field.name for field in schema if field.name not in found.names or not found.field(field.name).type.equals(field.type)]
-    return f"column {wrong[0]!r} is missing or of another type" if wrong else ""
+    if wrong:
+        return f"column {wrong[0]!r} is missing or of another type", *_ANY_VERSION
+    return "", *_versions(metadata)
+
+
+def _versions(metadata: Any) -> tuple[str, str]:
+    """From the statistics of the row groups; writers may shorten them, but only to bounds."""
+    column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("draft_version")
+    groups = [metadata.row_group(i).column(column).statistics for i in range(metadata.num_row_groups)]
+    if not groups or not all(group is not None and group.has_min_max for group in groups):
+        return _ANY_VERSION
+    return sys.intern(min(group.min for group in groups)), sys.intern(max(group.max for group in groups))
 
 
 def _damage(shard: Stored) -> str:

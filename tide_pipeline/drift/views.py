@@ -24,7 +24,7 @@ from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
 from tide_pipeline.capture.store import Stored
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
-from tide_pipeline.drift.shards import Period, find_damage, readable_shards, through_pyarrow
+from tide_pipeline.drift.shards import Part, find_damage, readable_shards, through_pyarrow
 from tide_pipeline.errors import InvalidRequest, LakeError
 
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
@@ -67,7 +67,7 @@ def connect(config: TideConfig, *, since: float | None = None, with_text: bool =
     An empty lake gives empty views. Close the connection after use. Raises LakeError when the lake can't be listed.
     """
     connection = duckdb.connect(":memory:", config={"threads": threads, "temp_directory": ""})
-    files = _create_views(connection, config, (since, None), SCHEMAS, with_text)
+    files = _create_views(connection, config, Part(since), SCHEMAS, with_text)
     connection.execute(f"set allowed_paths = {_text_list(files)}")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
@@ -81,28 +81,28 @@ def query(config: TideConfig, sql: str, *, with_text: bool = False) -> Answer:
     """
     _check_reads_only(sql)
     try:
-        return _without_damage(config, (None, None), sql, lambda: _ask(connect(config, with_text=with_text), sql))
+        return _without_damage(config, Part(), sql, lambda: _ask(connect(config, with_text=with_text), sql))
     except duckdb.Error as error:
         raise InvalidRequest(f"{error}\nviews: {', '.join(VIEWS)}; `describe <view>` lists its columns") from error
 
 
 def read(config: TideConfig, sql: str, parameters: Mapping[str, Any], *, since: float | None = None, until: float | None = None,
-         tables: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+         version: str | None = None, tables: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
     """Rows of a query of our own, in a database that this process keeps open; `since` as in `connect`.
 
-    `until`: shards of hours that began before it. `tables`: Arrow tables that the query names beside the views. Shards are opened by
-    their times, row groups by the query's own conditions: compare `time`, not `epoch(time)`.
+    `until`: shards of hours that began before it. `version`: shards that can hold rows of this draft version. `tables`: Arrow tables that
+    the query names beside the views. Row groups are skipped by the query's own conditions: compare `time`, not `epoch(time)`.
 
     Raises LakeError when the lake can't be read.
     """
-    period = (since, until)
+    part = Part(since, until, version)
     try:
-        return _without_damage(config, period, sql, lambda: _ask(_views_cursor(config, period, sql, tables or {}), sql, parameters))[1]
+        return _without_damage(config, part, sql, lambda: _ask(_views_cursor(config, part, sql, tables or {}), sql, parameters))[1]
     except duckdb.Error as error:
         raise LakeError(f"can't query the lake under {config.state.lake}: {error}") from error
 
 
-def _without_damage(config: TideConfig, period: Period, sql: str, ask: Callable[[], Answer]) -> Answer:
+def _without_damage(config: TideConfig, part: Part, sql: str, ask: Callable[[], Answer]) -> Answer:
     """Ask; when that fails, find the shards that are damaged (or went away meanwhile) and ask once more, without them."""
     try:
         return ask()
@@ -110,7 +110,7 @@ def _without_damage(config: TideConfig, period: Period, sql: str, ask: Callable[
         raise
     except duckdb.Error:
         for name in _datasets(sql):        # signals are read through only if they were asked for
-            find_damage(config.state.lake / name, config.target, period)
+            find_damage(config.state.lake / name, config.target, part)
     return ask()
 
 
@@ -120,9 +120,9 @@ def _database() -> Any:
     return duckdb.connect(":memory:", config={"threads": 1, "temp_directory": ""})
 
 
-def _views_cursor(config: TideConfig, period: Period, sql: str, tables: Mapping[str, Any]) -> Any:
+def _views_cursor(config: TideConfig, part: Part, sql: str, tables: Mapping[str, Any]) -> Any:
     cursor = _database().cursor()          # a connection of its own: temporary views are not shared
-    _create_views(cursor, config, period, _datasets(sql))
+    _create_views(cursor, config, part, _datasets(sql))
     for name, table in tables.items():
         cursor.register(name, table)
     return cursor
@@ -139,13 +139,13 @@ def _datasets(sql: str) -> list[str]:
     return ["acceptance", *(["signals"] if "signals" in sql.lower() or "skipped" in sql.lower() else [])]
 
 
-def _create_views(connection: Any, config: TideConfig, period: Period, datasets: Iterable[str], with_text: bool = False) -> list[str]:
+def _create_views(connection: Any, config: TideConfig, part: Part, datasets: Iterable[str], with_text: bool = False) -> list[str]:
     """Create VIEWS, of these datasets; the files they read."""
     connection.execute("set TimeZone = 'UTC'")
     connection.execute("set enable_progress_bar = false")      # it goes to stdout, into the answer
     skipped, used = [], []
     for name in datasets:
-        files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], period)
+        files, left_out = readable_shards(config.state.lake / name, config.target, SCHEMAS[name], part)
         hidden = _not_deleted(config) if name == "signals" else ""
         connection.execute(_dataset_view(connection, name, files, with_text) + hidden)
         skipped += left_out

@@ -24,6 +24,7 @@ from tide_pipeline.training.target_head import TargetHead
 
 EARLIER = " (earlier)"             # appended to the tag of a drifted workload's windows from before the drift
 MIN_ROWS = 8                       # of a window: shorter ones hold no chain worth training on
+LOOK_THROUGH = 25                  # times max_windows: that many of the lake's newest windows are looked at, whatever it holds
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
         EngineMismatch: there are windows, but every one was made by another engine.
     """
     shipped = shipped if shipped is not None else config.engine_dir / "replay"
-    found, skipped, stale = _list(config.state.signals, config.target, engine_digest)
+    most = config.training.max_windows
+    found, skipped, stale = _list(config.state.signals, config.target, engine_digest, most)
     if shipped.is_dir():
-        more, more_skipped, more_stale = _list(shipped, config.target, engine_digest)
+        more, more_skipped, more_stale = _list(shipped, config.target, engine_digest, most)
         found, skipped, stale = found + more, skipped + more_skipped, stale + more_stale
     if stale and not found:
         raise EngineMismatch(f"all {stale} captured windows of {config.target!r} come from another engine build than {engine_digest} "
@@ -143,8 +145,9 @@ def _dated(window: SignalWindow, workload: str, focus_since: float) -> SignalWin
     return replace(window, workload=workload + EARLIER)
 
 
-def _list(root: Path | str, target: str, engine_digest: str) -> tuple[list[SignalWindow], Counter[str], int]:
-    index = list_windows(root, target, engine_digest=engine_digest)
+def _list(root: Path | str, target: str, engine_digest: str, most: int) -> tuple[list[SignalWindow], Counter[str], int]:
+    """Twice as many of each workload as a split can use: the drifted one is two, before and after."""
+    index = list_windows(root, target, engine_digest=engine_digest, max_each=2 * most, among=LOOK_THROUGH * most)
     return index.windows, Counter(f"unreadable shard: {reason}" for _, reason in index.skipped), index.other_engines
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from tide_pipeline.capture.reader import WindowStates, identity, list_windows, read_states
+from tide_pipeline.capture.reader import Identity, WindowStates, find_again, identity, read_states
 from tide_pipeline.capture.store import Root
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import SignalWindow
@@ -29,7 +29,8 @@ class WindowReader:
 
     def locate(self, windows: Sequence[SignalWindow]) -> tuple[list[SignalWindow], list[SignalWindow]]:
         """`windows`, in their order, at their present places; and those that are gone. Reads small columns only."""
-        places = {identity(w): (w.uri, w.row) for root in self.roots for w in self._listed(root)}
+        known = {identity(w) for w in windows}
+        places = {identity(w): (w.uri, w.row) for root in self.roots for w in self._found(root, known)}
         present = [dataclasses.replace(w, uri=places[identity(w)][0], row=places[identity(w)][1]) for w in windows if identity(w) in places]
         return present, [w for w in windows if identity(w) not in places]
 
@@ -60,9 +61,9 @@ class WindowReader:
                 moved.append(window)
         return moved
 
-    def _listed(self, root: Root) -> list[SignalWindow]:
+    def _found(self, root: Root, known: set[Identity]) -> list[SignalWindow]:
         try:
-            return list_windows(root, self.target).windows
+            return find_again(root, self.target, known).windows
         except NotEnoughSignals:
             return []
 
