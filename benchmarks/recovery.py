@@ -111,7 +111,7 @@ def step_costs(config: TideConfig, state: Path) -> dict[str, float]:
     engine = EmbeddedEngine(config.engine_dir / spec.model, spec, ServeSettings(max_batch=1), config.speculation)
     engine.set_drafts({"*": build_of(config, config.engine_dir / spec.champion, "stale", state / "builds" / "stale")})
     ratios = []
-    for _ in range(9):
+    for _ in range(5):
         engine.profile()
         costs = engine.control.costs
         ratios.append((costs.draft_ms(1, LENGTH) + costs.verify_ms(1, 1 + LENGTH)) / costs.verify_ms(1, 1))

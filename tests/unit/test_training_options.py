@@ -62,7 +62,7 @@ def test_averaged_weights_are_exported_when_they_are_better(config: TideConfig, 
     split = find_windows(config, "de", head.digest)
     held_out = [s for s in read_held_out(split, head, len(split.focus_held_out)) if s.window.workload == "de"]
     served = load_draft(tmp_path, head.shape, head.identity)
-    measured = acceptance_length(replay(served, head.embedding_VD, held_out, config.gate.draft_length))
+    measured = acceptance_length(replay(served, head, held_out, config.gate.draft_length))
     assert measured == pytest.approx(made.acceptance_length, abs=0.1)             # in bf16, as it is served
 
 
