@@ -7,6 +7,7 @@ Unset or empty is SQLite in `sqlite_dir`. Both are Dagster's own storages as the
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from dagster import Field, StringSource
@@ -27,7 +28,9 @@ class ChosenStorage(DagsterStorage, ConfigurableClass):
         return {"sqlite_dir": Field(StringSource, description="folder of the SQLite files, while no PostgreSQL is named")}
 
     @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData, config_value: dict[str, Any]) -> DagsterStorage:
+    def from_config_value(  # type: ignore[override]  # another of its family, on purpose
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any],
+    ) -> DagsterStorage:
         """Raises SettingsError when PostgreSQL is asked for and its package is not there."""
         url = os.environ.get(POSTGRES_URL, "")
         if not url:
