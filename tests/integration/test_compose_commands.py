@@ -207,7 +207,7 @@ def test_the_gpu_profile_without_docker(place: Place) -> None:
     check_serving(place)
     check_mlflow(place)
     check_dagster(place)
-    if shutil.which("prometheus") and shutil.which("promtool"):
+    if shutil.which("prometheus") and shutil.which("wget"):
         check_prometheus(place)
     place.stop()
     assert [name for name, process in place.started.items() if process.returncode == -signal.SIGKILL] == [], "each ends when it is told"
