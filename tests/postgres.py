@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tide_pipeline.serve.process import die_with_parent
+
 
 @dataclass(frozen=True)
 class Server:
@@ -58,7 +60,7 @@ def server(password: str) -> Iterator[Server]:
                        capture_output=True, timeout=300)
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen([str(bin_dir / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k",
-                                        str(folder), "-c", "fsync=off"], user=user, cwd=folder, stderr=log)
+                                        str(folder), "-c", "fsync=off"], user=user, cwd=folder, stderr=log, preexec_fn=die_with_parent)
         gives_up = time.monotonic() + 300
         while subprocess.run([str(bin_dir / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode:
             assert process.poll() is None and time.monotonic() < gives_up, (folder / "log").read_text()

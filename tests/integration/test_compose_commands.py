@@ -32,6 +32,7 @@ from tests.unit.test_dockerfiles import instructions
 from tide_pipeline.config import project_root
 from tide_pipeline.contracts import GenerationRequest, SamplingParams
 from tide_pipeline.serve.client import TritonClient
+from tide_pipeline.serve.process import die_with_parent
 
 pytestmark = pytest.mark.e2e           # about a minute on a quiet machine
 
@@ -89,7 +90,8 @@ class Place:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.started[name] = subprocess.Popen([*entry, *self.command(name, self.compose["services"][name]["command"])],
                                                   env=self.environment(name), stdin=subprocess.DEVNULL, stdout=log,
-                                                  stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder)
+                                                  stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder,
+                                                  preexec_fn=die_with_parent)
         return self.started[name]
 
     def finish(self, name: str) -> str:
@@ -205,7 +207,7 @@ def test_the_gpu_profile_without_docker(place: Place) -> None:
     check_serving(place)
     check_mlflow(place)
     check_dagster(place)
-    if shutil.which("prometheus") and shutil.which("promtool"):
+    if shutil.which("prometheus") and shutil.which("wget"):
         check_prometheus(place)
     place.stop()
     assert [name for name, process in place.started.items() if process.returncode == -signal.SIGKILL] == [], "each ends when it is told"
@@ -249,7 +251,8 @@ def check_prometheus(place: Place) -> None:
     words = [place.words(word, "prometheus").replace("/etc/prometheus", str(config)).replace("=/prometheus", f"={place.folder / 'tsdb'}")
              for word in place.compose["services"]["prometheus"]["command"]]
     with (place.folder / "prometheus.log").open("wb") as log:
-        place.started["prometheus"] = subprocess.Popen(["prometheus", *words], stdout=log, stderr=subprocess.STDOUT, cwd=place.folder)
+        place.started["prometheus"] = subprocess.Popen(["prometheus", *words], stdout=log, stderr=subprocess.STDOUT, cwd=place.folder,
+                                                         preexec_fn=die_with_parent)
     place.await_healthy("prometheus")
     url, gives_up = f"http://127.0.0.1:{place.ports['prometheus', 9090]}/api/v1", time.monotonic() + 120
     while not (found := httpx.get(f"{url}/query", params={"query": "tide_deployment"}).json()["data"]["result"]):

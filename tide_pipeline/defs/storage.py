@@ -28,8 +28,9 @@ class ChosenStorage(DagsterStorage, ConfigurableClass):
         return {"sqlite_dir": Field(StringSource, description="folder of the SQLite files, while no PostgreSQL is named")}
 
     @classmethod
-    def from_config_value(  # type: ignore[override]  # another class than this one comes out
-            cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]) -> DagsterStorage:
+    def from_config_value(  # type: ignore[override]  # another of its family, on purpose
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any],
+    ) -> DagsterStorage:
         """Raises SettingsError when PostgreSQL is asked for and its package is not there."""
         url = os.environ.get(POSTGRES_URL, "")
         if not url:
