@@ -68,7 +68,7 @@ def test_the_run_queue_limits_the_tag_that_the_launch_line_sets(config: TideConf
     import yaml
 
     limits = yaml.safe_load((services.dagster_home() / "dagster.yaml").read_text())["concurrency"]["runs"]["tag_concurrency_limits"]
-    assert [limit["key"] for limit in limits] == ["tide/target"] and limits[0]["limit"] == 1
+    assert {limit["key"]: limit["limit"] for limit in limits} == {"tide/target": 1, "tide/maintains": 1}
 
 
 def test_a_fixed_port_in_use_names_the_setting(config: TideConfig) -> None:
@@ -186,4 +186,4 @@ def test_further_replicas_have_settings_and_ports_of_their_own(config: TideConfi
         assert found.serve.replica == name and url.endswith(f":{found.stack.triton_http_port}")
         assert found.stack.front_port == place.config.stack.front_port, "the rest is the stack's"
         service = services.replica(place, name, starter._settings_of(name))
-        assert service.name == name.replace("-", "_") and service.command[-1] == name
+        assert service.name == name.replace("-", "_") and service.command[service.command.index("--replica") + 1] == name

@@ -9,6 +9,7 @@ import dagster as dg
 
 from tide_pipeline.defs.jobs import MAX_RUNTIME, REASON
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.errors import SettingsError
 
 MAINTENANCE = "tide/maintains"             # dagster.yaml lets one such run go at a time: they would wait for each other's lease
 BUSY = dg.RetryPolicy(max_retries=2, delay=60.0)       # another host may hold the lease, or a bucket be away for a moment
@@ -42,7 +43,11 @@ def retain_lake_op(context: dg.OpExecutionContext, tide: TideResource) -> None:
     from tide_pipeline.capture.retain import Retention, retain
 
     settings = tide.settings()
-    done = retain(settings.state.lake, Retention.of(settings.retention))
+    try:
+        keep = Retention.of(settings.retention)
+    except SettingsError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    done = retain(settings.state.lake, keep)
     context.add_output_metadata({"expired_shards": done.expired_shards, "removed_files": done.removed_files,
                                  **{f"left_bytes_{name}": size for name, size in done.left_bytes.items()}})
 
