@@ -31,11 +31,12 @@ from bench_engine import ask, count, drafts_of, engine_of, pick, prompts_of, ser
 from options import finish, parser, settle
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, load_engine_spec
+from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine_spec import load_engine_spec
 
 RECORDING, OFF = "recording", "off"
 SPECULATION = "3"
