@@ -31,9 +31,9 @@ from abba import Block, Work, alternate, median_rate, ratio, speed_ratios
 from bench_engine import Drafts, Population, ask, drafts_of, engine_of, pick, prompts_of
 from options import finish, parser, settle
 
-from tide_pipeline.config import load_engine_spec
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 
 BATCHES = (1, 4, 8, 16)

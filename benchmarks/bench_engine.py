@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from tide_pipeline.config import EngineSpec, ServeSettings, TideConfig, load_engine_spec
+from tide_pipeline.config import ServeSettings, TideConfig
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, SamplingParams, TokenChunk
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import Sink
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft, read_identity, save_draft
 from tide_pipeline.models.target import Target, read_shape
 from tide_pipeline.recipes import load

@@ -5,9 +5,9 @@
     recording    every request into a temporary lake, by the real Recorder and its writer thread
     off          a sink that keeps nothing
 
-Both serve the same requests in the same engine, in alternating blocks, at a fixed draft length: the very same steps. Requests end at
-different times, and the writer writes often, so that most of what a block records is written while it runs; the rest is written before
-the next block and not timed. Thread CPU time is the serving thread's; `process_cpu` has all of the writer's work as well.
+Both serve the same requests in the same engine, in short alternating blocks, at a fixed draft length: the very same steps. Requests end at
+different times. The writer writes as often as it does by default and all of its work falls into recording blocks: it stands still while the
+other side is timed. Thread CPU time is the serving thread's; `process_cpu` has all of the writer's work as well.
 
 The stall: fsync does not return for some seconds, as on a network disk that is gone. The queue fills; from there on windows must be
 dropped and counted, and serving must not notice.
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,15 +32,17 @@ from bench_engine import ask, count, drafts_of, engine_of, pick, prompts_of, ser
 from options import finish, parser, settle
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, load_engine_spec
+from tide_pipeline.capture.writer import LakeWriter
+from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import NullSink, Sink
 from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine_spec import load_engine_spec
 
 RECORDING, OFF = "recording", "off"
 SPECULATION = "3"
-FLUSH_S = 0.5                      # a block holds several shards, as a minute of serving does
+STALL_FLUSH_S = 0.5                # in a stall: the disk should be missed early
 PROMPT_CHARS = 120
 
 
@@ -75,27 +78,51 @@ class Switch:
             sink.close()
 
 
+class Gate:
+    """Lets the writer put shards into the lake, or makes it wait before the next one."""
+
+    def __init__(self) -> None:
+        self._open, self._writing, self._real = threading.Event(), threading.Lock(), LakeWriter._write_shard
+        self._open.set()
+
+    def __call__(self, writer: LakeWriter, *what: Any) -> int:
+        self._open.wait()
+        with self._writing:
+            return self._real(writer, *what)
+
+    def turn(self, is_open: bool) -> None:
+        """Closed: comes back when nothing is being written."""
+        if is_open:
+            self._open.set()
+            return
+        self._open.clear()
+        with self._writing:
+            pass
+
+
 class Bench:
     """One engine at one batch size, and its two sinks."""
 
-    def __init__(self, engine: EmbeddedEngine, switch: Switch, recorder: Recorder, prompts: Sequence[str], requests: int) -> None:
-        self.engine, self.switch, self.recorder, self.prompts, self.requests = engine, switch, recorder, prompts, requests
+    def __init__(self, engine: EmbeddedEngine, switch: Switch, recorder: Recorder, gate: Gate, prompts: Sequence[str],
+                 requests: int) -> None:
+        self.engine, self.switch, self.recorder, self.gate = engine, switch, recorder, gate
+        self.prompts, self.requests = prompts, requests
         self.process_s = dict.fromkeys((RECORDING, OFF), 0.0)
 
-    def run(self, rounds: int, start: int = 0, settle_between: bool = True) -> dict[str, list[Block]]:
+    def run(self, rounds: int, start: int = 0, stalled: bool = False) -> dict[str, list[Block]]:
         def before(name: str, _round: int) -> None:
-            if settle_between:
-                self.settle()
+            if not stalled:
+                self.gate.turn(name == RECORDING)
             self.switch.turn(name)
 
-        works = {name: self._work(name) for name in (RECORDING, OFF)}
-        blocks = alternate(works, rounds, start=start, before=before)
-        if settle_between:
+        blocks = alternate({name: self._work(name) for name in (RECORDING, OFF)}, rounds, start=start, before=before)
+        if not stalled:
             self.settle()
         return blocks
 
     def settle(self) -> None:
-        """Nothing waits for the disk when the next block begins."""
+        """Nothing waits for the disk any more."""
+        self.gate.turn(True)
         began = time.process_time()
         if not self.recorder.flush():
             raise RuntimeError(f"the temporary lake can't be written: {self.recorder.stats()['writer_error']}")
@@ -113,21 +140,22 @@ class Bench:
 
 
 @contextmanager
-def bench_of(args: argparse.Namespace, batch: int, requests: int, queue_windows: int) -> Iterator[Bench]:
-    prompts = prompts_of(args.engine_dir, args.domain, PROMPT_CHARS)
-    capture = CaptureSettings(mode="on", flush_s=FLUSH_S, queue_windows=queue_windows, max_bytes_per_hour=10**12)
-    with tempfile.TemporaryDirectory(prefix="tide-bench-lake-", dir=args.lake) as lake, drafts_of(args.engine_dir) as drafts:
+def bench_of(args: argparse.Namespace, batch: int, requests: int, capture: CaptureSettings) -> Iterator[Bench]:
+    prompts, gate = prompts_of(args.engine_dir, args.domain, PROMPT_CHARS), Gate()
+    capture = replace(capture, mode="on", max_bytes_per_hour=10**12)
+    with tempfile.TemporaryDirectory(prefix="tide-bench-lake-", dir=args.lake) as lake, drafts_of(args.engine_dir) as drafts, \
+            mock.patch.object(LakeWriter, "_write_shard", lambda *what: gate(*what)):
         recorder = Recorder(capture, load_engine_spec(args.engine_dir).name, Path(lake), "bench")
         switch = Switch({RECORDING: recorder, OFF: NullSink()})
         with engine_of(args.engine_dir, {"*": drafts.champion}, batch, switch) as engine:
-            bench = Bench(engine, switch, recorder, prompts, requests)
+            bench = Bench(engine, switch, recorder, gate, prompts, requests)
             bench.run(1)                                          # warm-up: first shard, first pages of everything
             bench.process_s = dict.fromkeys(bench.process_s, 0.0)
             yield bench
 
 
 def measure(args: argparse.Namespace, batch: int, rounds: int) -> dict[str, Any]:
-    with bench_of(args, batch, args.requests * (1 if batch == 1 else 2), queue_windows=100_000) as bench:
+    with bench_of(args, batch, max(args.requests, batch), CaptureSettings(queue_windows=100_000)) as bench:
         blocks = bench.run(rounds)
         stats = bench.recorder.stats()
         return {"batch": batch, "recording/off": ratio(blocks[RECORDING], blocks[OFF]),
@@ -157,11 +185,11 @@ def stalled_disk() -> Iterator[list[float]]:
 
 def measure_stall(args: argparse.Namespace, batch: int, stalls: int, stall_s: float) -> dict[str, Any]:
     blocks: dict[str, list[Block]] = {RECORDING: [], OFF: []}
-    with bench_of(args, batch, args.requests, args.stall_queue) as bench:
+    with bench_of(args, batch, max(args.requests, batch), CaptureSettings(flush_s=STALL_FLUSH_S, queue_windows=args.stall_queue)) as bench:
         for _ in range(stalls):
             with stalled_disk() as calls:
                 while not calls or time.perf_counter() - calls[0] < stall_s:
-                    for name, some in bench.run(2, len(blocks[OFF]), settle_between=False).items():
+                    for name, some in bench.run(2, len(blocks[OFF]), stalled=True).items():
                         blocks[name] += some
             bench.settle()
         stats, given = bench.recorder.stats(), bench.switch.rows[RECORDING]
@@ -178,8 +206,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--domain", default="en")
     options.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8], metavar="1,8")
-    options.add_argument("--rounds", type=int, default=40)
-    options.add_argument("--requests", type=int, default=8, help="in a block at batch 1 and in a stall; twice as many otherwise")
+    options.add_argument("--rounds", type=int, default=150)
+    options.add_argument("--requests", type=int, default=2, help="in a block; as many as run together where those are more")
     options.add_argument("--stalls", type=int, default=4)
     options.add_argument("--stall-seconds", type=float, default=10.0)
     options.add_argument("--stall-queue", type=int, default=16, help="windows that may wait in a stall; few, so that it overflows early")
@@ -188,7 +216,7 @@ def main() -> None:
     result = settle()
     if args.quick:
         args.batches, args.rounds, args.requests, args.stalls, args.stall_seconds, args.stall_queue = [2], 1, 2, 1, 0.2, 1
-    result |= {"speculation": SPECULATION, "flush_s": FLUSH_S, "domain": args.domain}
+    result |= {"speculation": SPECULATION, "flush_s": CaptureSettings().flush_s, "domain": args.domain}
     result["capture"] = [measure(args, batch, args.rounds) for batch in args.batches]
     result["stalled"] = measure_stall(args, max(args.batches), args.stalls, args.stall_seconds)
     finish(result, args)

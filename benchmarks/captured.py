@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from bench_engine import ask, drafts_of, engine_of, prompts_of, serve
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, TideConfig, load_engine_spec
+from tide_pipeline.config import CaptureSettings, TideConfig
+from tide_pipeline.engine_spec import load_engine_spec
 
 BATCH = 8
 GROUP = 64                         # requests submitted at a time: each must end within its deadline

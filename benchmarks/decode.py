@@ -24,8 +24,8 @@ from bench_engine import ask, drafts_of, engine_of, pick, prompts_of, serve
 from hugging_face import Generator
 from options import finish, parser, settle
 
-from tide_pipeline.config import load_engine_spec
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.workloads.loops import is_looping
 
 NO_ASSISTANT = "left out: no smaller model with this target's vocabulary is at hand (an EAGLE-3 draft is none); name one by --assistant"

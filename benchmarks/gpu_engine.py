@@ -33,9 +33,10 @@ from options import finish, parser, settle
 from random_llama import bytes_read, llama_8b, random_target, tiny_llama, write_byte_tokenizer
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, EngineSpec, ServeSettings
+from tide_pipeline.config import CaptureSettings, ServeSettings
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import NullSink
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.models.device import device_of
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target

@@ -37,10 +37,11 @@ from options import finish, parser, settle
 from recompute import measure as stored_against_recomputed
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, ServeSettings, TideConfig, load_engine_spec, override
+from tide_pipeline.config import CaptureSettings, ServeSettings, TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import Sink
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target

@@ -32,8 +32,9 @@ from torch import Tensor
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.capture.writer import LakeWriter
-from tide_pipeline.config import TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SamplingParams
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.recipes import load
 from tide_pipeline.training.acceptance import replay

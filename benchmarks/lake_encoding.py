@@ -44,9 +44,9 @@ from tide_pipeline.capture.schema import SIGNALS_SCHEMA
 from tide_pipeline.capture.shard import write_shard
 from tide_pipeline.capture.store import open_store
 from tide_pipeline.capture.windows import ClosedWindow
-from tide_pipeline.config import load_engine_spec
 from tide_pipeline.contracts import SamplingParams
 from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 
 CODECS = {"none": ("NONE", None), "lz4": ("LZ4", None), "zstd1": ("ZSTD", 1)}

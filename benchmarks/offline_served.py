@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from served import Served, build_of, serve, split_prompts
 
 from tide_pipeline.capture.reader import list_windows, read_states
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.recipes import load

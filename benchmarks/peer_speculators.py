@@ -29,7 +29,8 @@ from options import finish, parser, settle
 from peer_sides import Comparison, Peer
 from training_run import open_run
 
-from tide_pipeline.config import load_engine_spec, override
+from tide_pipeline.config import override
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.recipes import load
 from tide_pipeline.training.batches import labelled_rows
 from tide_pipeline.training.loop import train_draft

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tide_pipeline.config import EngineSpec
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.models.device import dtype_on
 from tide_pipeline.models.families import TargetShape
 from tide_pipeline.models.layers import Heads

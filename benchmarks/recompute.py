@@ -32,8 +32,9 @@ from torch import Tensor
 from training_run import open_run
 
 from tide_pipeline.capture.reader import WindowStates
-from tide_pipeline.config import TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SignalWindow
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import load
 from tide_pipeline.training.batches import Slice

@@ -34,8 +34,9 @@ from served import build_of, link_lakes, serve, split_prompts
 
 import tide_pipeline.training.run
 from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
-from tide_pipeline.config import ServeSettings, TideConfig, load_engine_spec, override
+from tide_pipeline.config import ServeSettings, TideConfig, override
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.provenance import write_json
 from tide_pipeline.recipes import load

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, ServeSettings, TideConfig, load_engine_spec
+from tide_pipeline.config import CaptureSettings, ServeSettings, TideConfig
 from tide_pipeline.contracts import EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import engine_digest
 from tide_pipeline.workloads.prompts import Prompt, domain_prompts

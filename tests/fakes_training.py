@@ -17,8 +17,9 @@ from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.windows import ClosedWindow, prompt_digest
 from tide_pipeline.capture.writer import LakeWriter
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SamplingParams, SignalWindow
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.models.checkpoint import shape_for
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target, TargetShape

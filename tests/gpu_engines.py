@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.models.draft_files import tensor_shapes
 
 ENGINE: dict[str, Any] = {

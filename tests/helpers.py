@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from tide_pipeline.config import EngineSpec, ServeSettings, SpeculationSettings
+from tide_pipeline.config import ServeSettings, SpeculationSettings
 from tide_pipeline.contracts import (
     EngineBuild,
     FinishReason,
@@ -31,6 +31,7 @@ from tide_pipeline.contracts import (
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.protocol import Sink
 from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, save_draft, shape_for
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target, read_weights

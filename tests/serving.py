@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import ask, generate, tiny_spec, write_tiny_build, write_tiny_target
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild, GenerationRequest
 from tide_pipeline.deployment.builds import save_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.text import TextCodec, TextStream
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import freeze

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "tide_pipeline"
 
 # A part may import parts of its own line and of the lines above.
-ORDER = ["contracts config recipes errors provenance", "workloads", "deployment", "models", "engine", "capture", "serve", "drift",
-         "training", "registry", "build", "gate", "rollout", "plan", "simulate", "report", "stack", "defs definitions", "cli"]
+ORDER = ["contracts config engine_spec recipes errors provenance", "workloads", "deployment", "models", "engine", "capture", "serve",
+         "drift", "training", "registry", "build", "gate", "rollout", "plan", "simulate", "report", "stack", "defs definitions", "cli"]
 LEVEL = {part: i for i, line in enumerate(ORDER) for part in line.split()}
 
 # Who may import what.
@@ -26,7 +26,7 @@ ONLY = {
     "tritonclient": ("serve",),
     "duckdb": ("drift",),
 }
-STANDARD_ONLY = ("contracts", "config", "recipes", "errors", "provenance")
+STANDARD_ONLY = ("contracts", "config", "engine_spec", "recipes", "errors", "provenance")
 BARE = ("models", "engine", "capture", "serve")
 
 

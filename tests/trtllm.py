@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.helpers import write_tiny_target
 from tests.serving import CONTEXT, Place
 from tests.trtllm_stand_in.runtime.network import Network
-from tide_pipeline.config import TideConfig, load_engine_spec, override
+from tide_pipeline.config import TideConfig, override
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 from tide_pipeline.recipes import freeze
 

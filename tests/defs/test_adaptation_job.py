@@ -14,13 +14,14 @@ from tests.fakes_rollout import FakeReplica, write_engine
 from tests.helpers import ask, generate, tiny_engine, write_tiny_build
 from tide_pipeline import recipes
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, TideConfig, load_engine_spec, override
+from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.rollout_sensor import alias_sensor, rollout_sensor
 from tide_pipeline.deployment.builds import list_builds, load_build
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.registry import open_registry
 from tide_pipeline.registry.shipped import shipped_checkpoint

@@ -25,8 +25,8 @@ from tests.helpers import (
     tiny_engine,
     write_tiny_build,
 )
-from tide_pipeline.config import load_engine_spec
 from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
 
 

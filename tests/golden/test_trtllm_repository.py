@@ -14,9 +14,10 @@ import yaml
 from tests.trtllm_stand_in import stand_in
 from tide_pipeline import recipes
 from tide_pipeline.build import trtllm
-from tide_pipeline.config import load_engine_spec, override
+from tide_pipeline.config import override
 from tide_pipeline.engine.trtllm.facts import LINES
 from tide_pipeline.engine.trtllm.options import NESTED
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.serve.repository import render_model_repository
 
 GOLDEN = Path(__file__).parent / "trtllm"

@@ -17,9 +17,10 @@ from typer.testing import CliRunner, Result
 from tests.gpu_engines import small_config, small_spec, write_gpu_draft, write_gpu_engine
 from tide_pipeline.build.engine import build_engine
 from tide_pipeline.cli import app
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.deployment.builds import list_builds, load_build
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.errors import BuildError, EngineMismatch, SettingsError
 from tide_pipeline.models.checkpoint import save_draft
 from tide_pipeline.models.draft_files import check_draft

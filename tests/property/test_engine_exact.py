@@ -30,11 +30,11 @@ from tests.helpers import (
     write_tiny_build,
     write_tiny_target,
 )
-from tide_pipeline.config import EngineSpec
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, StepKind
 from tide_pipeline.engine.control import Plan, Slot, SpeculationController
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.stopping import Worth
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.models.target import Target
 
 LETTERS = "abcdefgh"                     # of prompts

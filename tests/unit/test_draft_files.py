@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.gpu_engines import small_spec, write_gpu_draft
-from tide_pipeline.config import EngineSpec
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 from tide_pipeline.models.draft_files import check_draft, draft_of, read_header
 

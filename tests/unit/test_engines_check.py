@@ -16,7 +16,8 @@ from tide_pipeline import recipes
 from tide_pipeline.build.check import check_engine, list_engines
 from tide_pipeline.build.snapshots import starting_draft
 from tide_pipeline.cli import app
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.errors import CheckpointError, SettingsError
 
 ENGINES = Path(__file__).resolve().parents[2] / "engines"

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tide_pipeline import recipes
-from tide_pipeline.config import Architecture, EngineSpec, StartingDraft, load_engine_spec
 from tide_pipeline.engine.gpus import GPUS, gpu_named
 from tide_pipeline.engine.memory import (
     OVERHEAD,
@@ -21,6 +20,7 @@ from tide_pipeline.engine.memory import (
     training_memory,
     weight_bytes,
 )
+from tide_pipeline.engine_spec import Architecture, EngineSpec, StartingDraft, load_engine_spec
 from tide_pipeline.errors import SettingsError
 
 ENGINES = Path(__file__).resolve().parents[2] / "engines"

@@ -11,7 +11,8 @@ from recompute import ReadingAnew, Recomputing, autocast_forward, only_from_the_
 from training_run import open_run
 
 from tests.fakes_training import engine_with_lake, open_target
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.training.run import Run
 
 TRAINING = {"time_budget_s": 0.0, "batch_windows": 2, "window_rows": 24, "min_prompts": 2, "eval_share": 0.3, "nice": 0, "autocast": False}

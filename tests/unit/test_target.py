@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from tests.helpers import EPSILON, ask, generate, plain_pass, tiny_engine, tiny_spec, write_tiny_target
-from tide_pipeline.config import load_engine_spec
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.errors import CheckpointError
 from tide_pipeline.models.target import Target, read_shape
 

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from tests.gpu_engines import small_config, small_spec
-from tide_pipeline.config import EngineSpec, TideConfig, TrtllmSettings, override
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.engine.trtllm.facts import LINES, Fact, Field, Table, load_table
 from tide_pipeline.engine.trtllm.model_yaml import render_model_yaml
 from tide_pipeline.engine.trtllm.options import LATCHES, llm_arguments, translate_schedule, unverified
+from tide_pipeline.engine_spec import EngineSpec, TrtllmSettings
 from tide_pipeline.errors import SettingsError
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from tide_pipeline import recipes
 from tide_pipeline.build.fits import serving_fits, training_fits
 from tide_pipeline.build.snapshots import DRAFT_FILES, TARGET_FILES, check_revision, fetch_line
-from tide_pipeline.config import Architecture, EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.engine.trtllm.facts import LINES, load_table
 from tide_pipeline.engine.trtllm.options import llm_arguments, unverified
+from tide_pipeline.engine_spec import Architecture, EngineSpec, load_engine_spec
 from tide_pipeline.errors import CheckpointError, SettingsError, TideError
 from tide_pipeline.models.draft_files import check_draft
 

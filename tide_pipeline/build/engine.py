@@ -20,9 +20,10 @@ from pathlib import Path
 from tide_pipeline import recipes
 from tide_pipeline.build import trtllm
 from tide_pipeline.build.warmup import warm_up as warm_up_draft
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.deployment.builds import CERTIFICATE, DRAFT_FILES, build_dir, load_build, save_build
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
 from tide_pipeline.models.draft_files import check_draft

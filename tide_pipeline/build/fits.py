@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.engine.gpus import gpu_named
 from tide_pipeline.engine.memory import serving_memory, training_memory
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
 
 MXFP4_BITS = 4.25

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 
 DRAFT_FILES = "config.json model.safetensors"

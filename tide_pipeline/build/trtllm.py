@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.trtllm.facts import table_for
 from tide_pipeline.engine.trtllm.model_yaml import render_model_yaml
 from tide_pipeline.engine.trtllm.options import llm_arguments
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.provenance import birth_certificate, digest_bytes, digest_file
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, EngineBuild, FinishReason, GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import BuildError
 
 PROMPT = "The "                        # any text: the figures only have to be there

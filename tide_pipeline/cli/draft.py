@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tide_pipeline.cli.app import STAGES, JsonFlag, Workload, app, console, print_json, print_table, registry_of_stack, settings_of
-from tide_pipeline.config import load_engine_spec, override
+from tide_pipeline.config import override
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:

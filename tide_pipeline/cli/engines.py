@@ -84,7 +84,7 @@ def memory(
 
     [bold]tide engines memory llama-3.3-70b --gpu h100 --gpus 4[/bold]
     """
-    from tide_pipeline.config import load_engine_spec
+    from tide_pipeline.engine_spec import load_engine_spec
 
     config = settings_of(ctx)
     spec = load_engine_spec(Path(config.engines_dir) / name)
@@ -101,7 +101,7 @@ def memory(
 
 def _row(engine_dir: Path) -> dict[str, Any]:
     from tide_pipeline import recipes
-    from tide_pipeline.config import load_engine_spec
+    from tide_pipeline.engine_spec import load_engine_spec
 
     spec, tables = load_engine_spec(engine_dir), recipes.gpu_tables(engine_dir)
     target = f"{spec.repo}@{spec.revision[:8]}" if spec.repo else spec.model
@@ -111,9 +111,9 @@ def _row(engine_dir: Path) -> dict[str, Any]:
 
 
 def _of_one_gpu(config: TideConfig, name: str, gpu: str, gpus: int, batch: int) -> list[ServingMemory]:
-    from tide_pipeline.config import load_engine_spec
     from tide_pipeline.engine.gpus import gpu_named
     from tide_pipeline.engine.memory import serving_memory
+    from tide_pipeline.engine_spec import load_engine_spec
 
     serve = dataclasses.replace(config.serve, gpu=gpu, gpus=gpus, max_batch=batch, prefill_chunk=max(config.serve.prefill_chunk, 8_192))
     return [serving_memory(load_engine_spec(Path(config.engines_dir) / name), serve, gpu_named(gpu))]
@@ -121,9 +121,9 @@ def _of_one_gpu(config: TideConfig, name: str, gpu: str, gpus: int, batch: int) 
 
 def _of_recipes(engines_dir: Path, name: str) -> list[ServingMemory]:
     from tide_pipeline import recipes
-    from tide_pipeline.config import load_engine_spec
     from tide_pipeline.engine.gpus import gpu_named
     from tide_pipeline.engine.memory import serving_memory
+    from tide_pipeline.engine_spec import load_engine_spec
 
     spec = load_engine_spec(engines_dir / name)
     configs = [recipes.on_gpus(f"{name}/{gpu}", engines_dir) for gpu in recipes.gpu_tables(engines_dir / name).get("serve", {})]

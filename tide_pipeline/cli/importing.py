@@ -65,7 +65,7 @@ def _engine(config: TideConfig, check_layers: bool | None) -> tuple[EngineShape,
     from tide_pipeline.capture.importing.fit import EngineShape
     from tide_pipeline.capture.importing.layers import LayerCheck
     from tide_pipeline.capture.windows import RowShape
-    from tide_pipeline.config import load_engine_spec
+    from tide_pipeline.engine_spec import load_engine_spec
     from tide_pipeline.models.target import engine_digest, read_shape, read_weights
 
     spec = load_engine_spec(config.engine_dir)

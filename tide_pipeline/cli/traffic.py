@@ -72,8 +72,8 @@ class Fitter:
     cut: int = 0
 
     def __post_init__(self) -> None:
-        from tide_pipeline.config import load_engine_spec
         from tide_pipeline.engine.text import TextCodec
+        from tide_pipeline.engine_spec import load_engine_spec
 
         spec = load_engine_spec(self.engine_dir)
         self.max_context = spec.max_context

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tide_pipeline.config import EngineSpec, ServeSettings, SpeculationSettings
+from tide_pipeline.config import ServeSettings, SpeculationSettings
 from tide_pipeline.contracts import (
     ANY_WORKLOAD,
     EngineBuild,
@@ -41,6 +41,7 @@ from tide_pipeline.engine.survival import RequestSurvival
 from tide_pipeline.engine.tap_copies import tap_ring
 from tide_pipeline.engine.text import TextCodec, TextStream
 from tide_pipeline.engine.validate import validate
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
 from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from tide_pipeline.config import Architecture, EngineSpec, ServeSettings, StartingDraft, TrainingSettings
+from tide_pipeline.config import ServeSettings, TrainingSettings
 from tide_pipeline.engine.gpus import Gpu
+from tide_pipeline.engine_spec import Architecture, EngineSpec, StartingDraft
 
 BF16, FP32 = 2, 4
 OVERHEAD = 3 * 10**9               # CUDA context, NCCL, workspaces, captured graphs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.engine.protocol import Engine, Sink
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
 
 BACKENDS = ("embedded", "trtllm")

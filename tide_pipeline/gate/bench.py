@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tide_pipeline.config import EngineSpec, GateSettings, ServeSettings, SpeculationSettings
+from tide_pipeline.config import GateSettings, ServeSettings, SpeculationSettings
 from tide_pipeline.contracts import BenchmarkReport, EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.models.target import Target
 
 PLAIN = "plain"

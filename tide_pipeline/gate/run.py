@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from tide_pipeline.capture.reader import WindowStates
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import BenchmarkReport, EngineBuild, GateVerdict, PairedAcceptance, from_dict
 from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.errors import GateNotPassed, NotEnoughSignals
 from tide_pipeline.gate.bench import benchmark_builds, summarise
 from tide_pipeline.gate.judge import judge

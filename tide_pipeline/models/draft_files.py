@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tide_pipeline.config import Architecture, EngineSpec, StartingDraft
+from tide_pipeline.engine_spec import Architecture, EngineSpec, StartingDraft
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tide_pipeline.config import EngineSpec
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import CheckpointError
 from tide_pipeline.models.device import dtype_on, to_device
 from tide_pipeline.models.families import TargetShape, read_shape

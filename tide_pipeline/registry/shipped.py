@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import DraftCheckpoint
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import digest_draft, read_identity
 from tide_pipeline.registry.registry import RegisteredDraft, Registry, open_registry
 

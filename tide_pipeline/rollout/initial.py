@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tide_pipeline.build.engine import build_engine
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.registry.shipped import LABEL
 from tide_pipeline.rollout.history import STABLE, decide_and_append, following

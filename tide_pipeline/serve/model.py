@@ -20,8 +20,9 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import TideConfig, load_engine_spec, load_toml, override
+from tide_pipeline.config import TideConfig, load_toml, override
 from tide_pipeline.engine.opening import open_engine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.recipes import from_environment
 from tide_pipeline.serve.agent import DraftAgent
 from tide_pipeline.serve.answer import ErrorKind, kind_of

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.live import Live
 
 from tide_pipeline.capture.reader import count_rows
-from tide_pipeline.config import TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
 from tide_pipeline.drift.judge import judge_drift
 from tide_pipeline.drift.series import live
 from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.errors import StackError, TideError
 from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.client import TritonClient

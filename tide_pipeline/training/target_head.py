@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tide_pipeline.config import EngineSpec, TideConfig, load_engine_spec
+from tide_pipeline.config import TideConfig
 from tide_pipeline.engine.memory import draft_sizes
+from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.models.checkpoint import DraftIdentity
 from tide_pipeline.models.layers import Heads
 from tide_pipeline.models.rope import Rope

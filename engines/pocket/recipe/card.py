@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from tide_pipeline.config import GateSettings, SpeculationSettings, load_engine_spec
+from tide_pipeline.config import GateSettings, SpeculationSettings
 from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.gate.bench import PLAIN, acceptance_length, benchmark_builds
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import engine_digest

@@ -13,9 +13,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.config import CaptureSettings, ServeSettings, SpeculationSettings, TideConfig, load_engine_spec, override
+from tide_pipeline.config import CaptureSettings, ServeSettings, SpeculationSettings, TideConfig, override
 from tide_pipeline.contracts import GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.training.loop import train_draft
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tide_pipeline.config import ServeSettings, SpeculationSettings, load_engine_spec
+from tide_pipeline.config import ServeSettings, SpeculationSettings
 from tide_pipeline.contracts import GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.engine_spec import load_engine_spec
 
 from .corpus import DOMAINS
 from .tokenizer import DOMAIN_TOKENS, VOCAB_SIZE

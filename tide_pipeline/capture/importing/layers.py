@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tide_pipeline.capture.importing.fit import Fitted
-from tide_pipeline.config import EngineSpec
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import EngineMismatch
 from tide_pipeline.models.target import Target
 

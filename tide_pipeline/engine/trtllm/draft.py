@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tide_pipeline.config import EngineSpec
 from tide_pipeline.contracts import ANY_WORKLOAD, EngineBuild
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.draft_files import check_draft

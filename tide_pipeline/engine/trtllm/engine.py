@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild, FinishReason, GenerationRequest, RequestClosed, RequestOpened
 from tide_pipeline.engine.ledger import Ledger
 from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
@@ -33,6 +33,7 @@ from tide_pipeline.engine.trtllm.options import draft_length
 from tide_pipeline.engine.trtllm.sampling import REASONS, Totals, sampling_arguments, totals
 from tide_pipeline.engine.trtllm.server import Server
 from tide_pipeline.engine.validate import validate
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import BuildError, EngineClosed, InvalidRequest, QueueFull, RestartNeeded, SettingsError
 from tide_pipeline.models.families import read_outline
 from tide_pipeline.models.target import engine_digest

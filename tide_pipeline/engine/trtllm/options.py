@@ -12,9 +12,10 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.engine.memory import graph_batches, step_tokens
 from tide_pipeline.engine.trtllm.facts import Table
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
 
 LATCHES = ("acceptance_window", "acceptance_length_threshold", "acceptance_rate_window_size", "acceptance_rate_threshold")

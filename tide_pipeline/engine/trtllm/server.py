@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tide_pipeline.config import EngineSpec, TideConfig
+from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.memory import step_tokens
 from tide_pipeline.engine.taps import TapRing
@@ -28,6 +28,7 @@ from tide_pipeline.engine.trtllm.options import NESTED, draft_length, llm_argume
 from tide_pipeline.engine.trtllm.remote import RemotePasses
 from tide_pipeline.engine.trtllm.schedule import StepTimes, length_at
 from tide_pipeline.engine.trtllm.shipment import Shipper
+from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
 
 log = logging.getLogger(__name__)
