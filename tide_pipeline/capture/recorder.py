@@ -1,11 +1,12 @@
 """The engine's sink: events in, windows and acceptance rows out to the writer. Knows the ring and the control; knows no Parquet.
 
-It costs the engine one copy of a step's rows. It never blocks and never raises: what goes wrong with a request
-ends the collection of that request and is counted.
+A step is only noted; steps are worked through together, when the ring asks for it or a request ends. It never blocks and never
+raises: what goes wrong with a request ends the collection of that request and is counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ class Recorder:
         self._ring: TapRing | None = None
         self._shape = RowShape(0, 0, False, "")
         self._requests: dict[str, _Request] = {}
+        self._steps: list[Sequence[StepEvent]] = []        # not worked through yet
         self._epoch = 0                    # counts on_drafts_changed
         self._control_epoch = 0            # the last one that the control was told of
         self._captured_tokens = 0
@@ -53,7 +55,7 @@ class Recorder:
         """Called by the engine before its first event."""
         self._ring = ring
         self._shape = RowShape(ring.hidden_size, ring.num_taps, ring.with_final, engine_digest)
-        self._requests = {}
+        self._requests, self._steps = {}, []
 
     def on_open(self, opened: RequestOpened) -> None:
         try:
@@ -62,19 +64,12 @@ class Recorder:
             self._count_error("on_open", error)
 
     def on_step(self, events: Sequence[StepEvent]) -> None:
-        for event in events:
-            request = self._requests.get(event.request_id)
-            if request is None:
-                continue
-            try:
-                request.blocks.add(event)
-                if request.windows is not None:
-                    request.windows.add(event, None if event.taps is None or self._ring is None else self._ring.words(event.taps))
-            except Exception as error:
-                request.windows = None
-                self._count_error("on_step", error)
+        self._steps.append(events)
+        if self._ring is None or self._ring.must_read:
+            self._catch_up()
 
     def on_close(self, closed: RequestClosed) -> None:
+        self._catch_up()
         request = self._requests.pop(closed.request_id, None)
         if request is None:
             return
@@ -115,6 +110,23 @@ class Recorder:
                                     self._writer.offer_row, self._clock),
             windows=WindowAssembler(opened, self._shape, self._keep, self._clock,
                                     min(self._max_window_rows, self._shape.max_rows)) if collect else None)
+
+    def _catch_up(self) -> None:
+        """Work through the steps that were noted."""
+        for event in itertools.chain.from_iterable(self._steps):
+            request = self._requests.get(event.request_id)
+            if request is None:
+                continue
+            try:
+                request.blocks.add(event)
+                if request.windows is not None:
+                    request.windows.add(event, None if event.taps is None or self._ring is None else self._ring.words(event.taps))
+            except Exception as error:
+                request.windows = None
+                self._count_error("on_step", error)
+        self._steps.clear()
+        if self._ring is not None:
+            self._ring.clear()
 
     def _keep(self, window: ClosedWindow) -> None:
         if self._writer.offer_window(window):
