@@ -68,6 +68,7 @@ class FakeEngine:
 
     def close(self, request_id: str, reason: FinishReason = FinishReason.LENGTH, ttft_ms: float = 12.5) -> None:
         self.recorder.on_close(RequestClosed(request_id, reason, ttft_ms, 100.0, 5))
+        self.recorder.on_idle()
 
     def run(self, request_id: str, prompt_tokens: int = 4, steps: int = 3, **kwargs: str) -> None:
         """A whole request: two accepted of three drafted, every step."""

@@ -157,12 +157,17 @@ class EmbeddedEngine:
     def _loop(self) -> None:
         torch.set_num_threads(self.serve.threads)
         while True:
+            if not self._has_work():
+                self._sink(lambda: self.sink.on_idle())            # of the sink that there is then
             with self._wake:
-                while not (self._closed or self._waiting or self._prefilling or self._running or self._outbox):
+                while not (self._closed or self._has_work()):
                     self._wake.wait()
                 if self._closed:
                     return
             self.step()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._running or self._outbox)
 
     def step(self) -> None:
         """One prompt chunk, if a request waits for a slot that is free, then one step of all running requests."""

@@ -7,7 +7,6 @@ several times what it does in a loop, since nothing of it is in the processor's 
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
@@ -74,11 +73,11 @@ class StepRing(TapRing):
 
     @abstractmethod
     def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
-        """Append rows of the current step: taps [N, num_taps * D] and final states [N, D], any float type. None: not kept."""
+        """Add rows to the current step: taps [N, num_taps * D] and final states [N, D], any float type. None: not kept."""
 
     @abstractmethod
     def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
-        """Append these rows of a step, a handle for each range."""
+        """Add these rows of a step, in ascending order, a handle for each range."""
 
     def ship(self) -> Parcel | None:
         """End a step. None: its rows can be read at once."""
@@ -86,33 +85,32 @@ class StepRing(TapRing):
 
 
 class HostTapRing(StepRing):
-    """Of a CPU. A handle is good until `HOST_STEPS` more steps have run, or `clear`."""
+    """Of a CPU; one `put` a step. A handle is good until `HOST_STEPS` more steps have run, or `clear`."""
 
     def __init__(self, hidden_size: int, num_taps: int, with_final: bool) -> None:
         super().__init__(hidden_size, num_taps, with_final)
-        self._unread: dict[int, list[tuple[Tensor, Tensor | None]]] = {}       # step -> what was put
+        self._unread: dict[int, tuple[Tensor, Tensor | None]] = {}             # by step
         self._read: dict[int, NDArray[np.int16]] = {}
-        self._step = self._fill = self._unread_rows = 0
+        self._step = self._unread_rows = 0
 
     def next_slot(self) -> None:
-        self._step, self._fill = self._step + 1, 0
+        self._step += 1
         gone = self._step - HOST_STEPS
         self._read.pop(gone, None)
         self._unread.pop(gone, None)
 
     def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
-        if not self.is_read:
-            return None
-        n = len(taps_NG)
-        self._unread.setdefault(self._step, []).append((taps_NG, final_ND))
-        start, self._fill, self._unread_rows = self._fill, self._fill + n, self._unread_rows + n
-        return TapHandle(self._step, start, self._fill)
+        (handle,) = self.put_each(taps_NG, final_ND, [range(len(taps_NG))])
+        return handle
 
     def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
-        whole = self.put(taps_NG, final_ND)
-        if whole is None:
+        if not self.is_read:
             return [None] * len(kept)
-        return [TapHandle(whole.slot, whole.start + rows.start, whole.start + rows.stop) for rows in kept]
+        step = self._step
+        assert step not in self._unread and step not in self._read, "two puts in a step"
+        self._unread[step] = taps_NG, final_ND
+        self._unread_rows += kept[-1].stop
+        return [TapHandle(step, rows.start, rows.stop) for rows in kept]
 
     def words(self, handle: TapHandle) -> NDArray[np.int16]:
         if handle.slot in self._unread:
@@ -129,16 +127,14 @@ class HostTapRing(StepRing):
         self._unread_rows = 0
 
     def _read_all(self) -> None:
-        """Rows of all steps that were not read yet, in one write."""
-        steps = {step: sum(len(taps) for taps, _ in parts) for step, parts in self._unread.items()}
-        parts = [part for some in self._unread.values() for part in some]
-        rows_NW = torch.cat([taps for taps, _ in parts])
+        """Rows of all steps that were not read yet, in one go."""
+        rows_NW = torch.cat([taps for taps, _ in self._unread.values()])
         if self.with_final:
-            rows_NW = torch.cat((rows_NW, torch.cat([final for _, final in parts if final is not None])), dim=1)
+            rows_NW = torch.cat((rows_NW, torch.cat([final for _, final in self._unread.values() if final is not None])), dim=1)
         words_NW = rows_NW.bfloat16().view(torch.int16).numpy()                # torch bf16 has no numpy type
-        ends = itertools.accumulate(steps.values(), initial=0)
-        for step, (start, stop) in zip(steps, itertools.pairwise(ends), strict=True):
-            before = self._read.get(step)                                      # something was put after the step had been read
-            self._read[step] = words_NW[start:stop] if before is None else np.concatenate((before, words_NW[start:stop]))
+        start = 0
+        for step, (taps_NG, _) in self._unread.items():
+            self._read[step] = words_NW[start:start + len(taps_NG)]
+            start += len(taps_NG)
         self._unread.clear()
         self._unread_rows = 0

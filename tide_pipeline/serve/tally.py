@@ -106,6 +106,9 @@ class TallySink:
         self._last_at.pop(closed.request_id, None)
         self._tell(lambda: self._behind.on_close(closed))
 
+    def on_idle(self) -> None:
+        self._tell(self._behind.on_idle)
+
     def close(self) -> None:
         self._behind.close()
 
