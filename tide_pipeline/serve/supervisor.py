@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tide_pipeline.config import TideConfig, load_toml, override
-from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.deployment.record import read_replica
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.front.replicas import READ_S, read_replicas, write_replicas
@@ -118,7 +118,7 @@ class ReplicaSupervisor:
 
     def _wanted(self) -> int:
         """Number of the deployment that the server can't change to; 0 for none."""
-        seen = read_observed(self._config.state.observed, self._config.target).get(self._replica.replica)
+        seen = read_replica(self._config.state.observed, self._config.target, self._replica.replica)
         return seen.needs_restart if seen is not None else 0
 
     def _succeed(self, wanted: int) -> None:
