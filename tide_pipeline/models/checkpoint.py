@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.errors import BuildError, CheckpointError, EngineMismatch
+from tide_pipeline.models.draft_files import ARCHITECTURE
 from tide_pipeline.models.eagle3 import DraftShape, Eagle3Draft
 from tide_pipeline.models.families import TargetShape
 from tide_pipeline.models.layers import Heads
 from tide_pipeline.models.speculators import as_eagle3, is_speculators, renamed
 from tide_pipeline.provenance import birth_certificate, digest_files, write_atomic, write_json
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 FILES = ("config.json", "model.safetensors")
 SIZES = ("hidden_size", "vocab_size", "draft_vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
          "max_position_embeddings", "rope_theta", "rms_norm_eps")
