@@ -10,7 +10,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
-ReadAt = Callable[[int, int], bytes]       # offset, size -> at most so many bytes, at least one
+ReadAt = Callable[[int, int], bytes | memoryview]      # offset, size -> at most so many bytes, at least one
 Span = tuple[int, int]                     # offset and size
 
 PIECE = 1 << 20                            # bytes read at a time
@@ -58,7 +58,7 @@ def _bodies(read: ReadAt, span: Span) -> Iterator[tuple[int, int, int]]:
         at += size + body
 
 
-def _header(data: bytes) -> tuple[int, dict[int, int]]:
+def _header(data: bytes | memoryview) -> tuple[int, dict[int, int]]:
     """Size of the Thrift struct at the beginning of `data`, and its numbers by field id: of a page 3 is the body's size, 4 its CRC-32."""
     at, field, numbers = 0, 0, dict[int, int]()
     while head := data[at]:
@@ -77,7 +77,7 @@ def _header(data: bytes) -> tuple[int, dict[int, int]]:
     return at + 1, numbers
 
 
-def _number(data: bytes, at: int) -> tuple[int, int]:
+def _number(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """A zigzag number, and the offset after it."""
     value = shift = 0
     while True:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from tide_pipeline.capture.schema import token_bytes
 
-Digest = Callable[[Sequence[int], Any, Any | None], str]
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+Digest = Callable[[Tokens, Any, Any | None], str]
 
 
-def window_digest(token_ids: Sequence[int], taps: Any, final: Any | None) -> str:
+def window_digest(token_ids: Tokens, taps: Any, final: Any | None) -> str:
     """SHA-256 over the int32 tokens, then of the taps, then of the final states: the sums of rows, the sums of columns."""
     digest = hashlib.sha256(token_bytes(token_ids))
     for states in (taps, final):
@@ -33,7 +34,7 @@ def window_digest(token_ids: Sequence[int], taps: Any, final: Any | None) -> str
     return digest.hexdigest()
 
 
-def bytes_digest(token_ids: Sequence[int], taps: Any, final: Any | None) -> str:
+def bytes_digest(token_ids: Tokens, taps: Any, final: Any | None) -> str:
     """SHA-256 over the int32 tokens, the taps' bytes and the final states' bytes."""
     digest = hashlib.sha256(token_bytes(token_ids))
     digest.update(taps)

@@ -15,7 +15,7 @@ from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, SIGN
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.contracts import SCHEMA_VERSION, AcceptanceRow
 
-GROUP_BYTES = 4 * 2**20            # of states per row group: what a reader holds at a time, and what stays in a cache on its way
+GROUP_BYTES = 8 * 2**20            # of states per row group: what a reader holds at a time; a group costs a millisecond, whatever is in it
 
 _TEXT = ("request_id", "workload", "tenant", "replica", "engine_digest", "draft_version", "speculation", "finish_reason")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -118,6 +119,6 @@ def bf16_tensor(data: Any, num_rows: int) -> Tensor:
     return torch.from_numpy(words.astype(np.int16)).view(torch.bfloat16)
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
+def token_bytes(token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> bytes:
     """Token ids as little-endian int32: what digests are made of."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
