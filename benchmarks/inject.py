@@ -99,8 +99,9 @@ def _kill(process: psutil.Process) -> bool:
         process.send_signal(signal.SIGKILL)                # psutil looks at the start time first: an id used again is not touched
     except psutil.NoSuchProcess:
         return False
-    with contextlib.suppress(psutil.Error):
-        process.wait(10.0)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:       # its parent may never reap it
+            time.sleep(0.01)
     return True
 
 
