@@ -75,8 +75,9 @@ def assert_once(loop: Loop, before: Before) -> None:
 
 
 def answers(loop: Loop) -> bool:
+    request = ask(f"fresh-{uuid.uuid4().hex}", "hello world", max_tokens=8, ignore_eos=True)
     with contextlib.suppress(TideError):
-        return bool(loop.client.generate(ask(f"fresh-{uuid.uuid4().hex}", "hello world", max_tokens=8, ignore_eos=True)).num_output_tokens == 8)
+        return loop.client.generate(request).num_output_tokens == 8
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -49,7 +50,7 @@ class Load:
     def gap_s(self, since: float, until: float) -> float:
         """The longest time without a token for anybody."""
         times = [since, *(at for at in self.pieces if since <= at <= until), until]
-        return max(after - before for before, after in zip(times, times[1:], strict=False))
+        return max(after - before for before, after in itertools.pairwise(times))
 
     def broken(self, killed_at: float) -> tuple[int, int]:
         """Failed requests that were being served when the kill came, and those sent after it."""

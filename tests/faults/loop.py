@@ -1,7 +1,7 @@
 """One whole stack on a tiny engine, brought up for a module of fault tests: launch adaptations, watch them, look into Dagster's pools.
 
-Everything is real: Triton behind the front, MLflow's server, Dagster's daemon, code server and webserver, the trainer. The engine is tiny and
-the gate open, so that an adaptation takes seconds; what is proven here is that it comes to its end, not that its draft is better.
+Everything is real: Triton behind the front, MLflow's server, Dagster's daemon, code server and webserver, the trainer. The engine is tiny
+and the gate open, so that an adaptation takes seconds; what is proven is that it comes to its end, not that its draft is better.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from tests.helpers import ask, tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.errors import StackError
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.registry import Registry
 from tide_pipeline.serve.client import TritonClient
-from tide_pipeline.stack.local import LocalStack
+from tide_pipeline.stack.local import PARTS, LocalStack
 from tide_pipeline.stack.runs import RunView, runs_of
 
 PATIENCE_S = 180.0                 # a machine may be busy; every wait ends as soon as the thing is there
@@ -45,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "training": {"time_budget_s": 8.0, "eval_every_s": 2.0, "checkpoint_every_s": 0.5, "min_prompts": 4, "eval_share": 0.25},
     "gate": {"min_gain": -9.0, "max_workload_loss": 9.0, "min_speedup_ratio": 0.0, "min_prompts": 2, "bootstrap": 50,
              "bench_prompts": 2, "bench_tokens": 16, "equivalence_prompts": 2},
-    "rollout": {"mode": "auto", "bake_s": 1.0, "max_bake_s": 12.0, "min_bake_steps": 10, "min_bake_requests": 2, "max_drop": 0.9,
+    "rollout": {"mode": "auto", "bake_s": 5.0, "max_bake_s": 15.0, "min_bake_steps": 10, "min_bake_requests": 2, "max_drop": 0.9,
                 "max_slowdown": 9.0, "heartbeat_s": 20.0}}
 LAUNCH = """
 mutation Launch($config: RunConfigData!, $tags: [ExecutionTag!]!) {
@@ -54,6 +55,10 @@ mutation Launch($config: RunConfigData!, $tags: [ExecutionTag!]!) {
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }
 """
 SLOTS = '{ instance { concurrencyLimit(concurrencyKey: "train_gpu") { claimedSlots { runId stepKey } } } }'
+FAILURES = """
+query Log($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { __typename ... on MessageEvent { message }
+    ... on ExecutionStepFailureEvent { error { message causes { message } } } } } } }
+"""
 WORDS = ("hello world", "abc abc abc", "the quick brown fox", "zyxw vuts", "lorem ipsum", "one two three", "aaa bbb", "to be or not to be")
 
 
@@ -119,8 +124,6 @@ class Loop:
         return self.run(again[0].run_id) if again else mine
 
     def runs(self) -> list[RunView]:
-        from tide_pipeline.errors import StackError
-
         found: list[RunView] = []
 
         def answered() -> bool:
@@ -134,7 +137,12 @@ class Loop:
 
     def await_step(self, run_id: str, key: str) -> None:
         """Until a step of the run has begun."""
-        until(lambda: key in self.run(run_id).steps and self.run(run_id).steps[key].started > 0, f"{key} did not begin: {self.run(run_id)}")
+        def has_begun() -> bool:
+            view = self.run(run_id)
+            assert view.status != "SUCCESS", f"the run ended before it was seen in {key}"
+            return key in view.steps and view.steps[key].started > 0
+
+        until(has_begun, f"{key} did not begin")
 
     def await_success(self, run_id: str) -> RunView:
         """Until the run, or the one that went on with it, has succeeded."""
@@ -151,9 +159,7 @@ class Loop:
 
     def why(self, run_id: str) -> str:
         """What the run's log says of failures."""
-        query = ("query Log($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { __typename ... on MessageEvent { message } "
-                 "... on ExecutionStepFailureEvent { error { message causes { message } } } } } } }")
-        events = self.graphql(query, {"id": run_id}).get("logsForRun", {}).get("events", [])
+        events = self.graphql(FAILURES, {"id": run_id}).get("logsForRun", {}).get("events", [])
         return "; ".join(f"{e.get('message')} {e.get('error') or ''}" for e in events if "Failure" in e["__typename"])
 
     def slot_holders(self) -> set[str]:
@@ -173,7 +179,7 @@ class Loop:
 
 
 @contextlib.contextmanager
-def tiny_loop(folder: Path, values: dict[str, Any] | None = None, parts: tuple[str, ...] = ("mlflow", "replica", "dagster")) -> Iterator[Loop]:
+def tiny_loop(folder: Path, values: dict[str, Any] | None = None, parts: Sequence[str] = PARTS) -> Iterator[Loop]:
     """A stack with a shipped draft and captured traffic; down afterwards."""
     config = override(write_engine(folder), values or {})
     stack = LocalStack.up(config, bound=True, parts=parts)

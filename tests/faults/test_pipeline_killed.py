@@ -16,6 +16,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::Warning:ml
               pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 
+SILENT_S = 100.0                   # longer than MLflow's client waits by itself (three tries of 20 s)
+
+
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     with tiny_loop(tmp_path_factory.mktemp("loop")) as made:
@@ -60,3 +63,50 @@ def test_a_run_whose_worker_is_killed_goes_on_from_that_step(loop: Loop, steps: 
     if steps[0] != "draft_checkpoint":
         assert "draft_checkpoint" not in view.steps, "what was trained is not trained again"
     print(f"FAULT worker: converged after {assert_converged(loop, before):.1f} s more")
+
+
+def test_a_run_outlives_the_code_server_that_started_it(loop: Loop) -> None:
+    """And the next run starts on the server that took its place."""
+    before, run_id = look(loop), loop.launch("code server killed")
+    trainer, worker = loop.pid("trainer"), loop.pid("run_worker")
+    print(f"FAULT dagster_code: back after {loop.kill_and_await('dagster_code'):.1f} s")
+    assert [p.pid for p in inject.processes(loop.id, "trainer")] == [trainer]
+    assert [p.pid for p in inject.processes(loop.id, "run_worker")] == [worker]
+    view = loop.await_success(run_id)
+    assert view.run_id == run_id, "it was never given up"
+    print(f"FAULT dagster_code: converged after {assert_converged(loop, before):.1f} s")
+
+
+def test_a_queued_run_survives_the_daemon(loop: Loop) -> None:
+    """Launched through the new code server and webserver, killed between queue and start."""
+    before = look(loop)
+    back_s = loop.kill_and_await("dagster_web")
+    run_id = loop.launch("daemon killed")
+    print(f"FAULT dagster_daemon: back after {loop.kill_and_await('dagster_daemon'):.1f} s, webserver after {back_s:.1f} s")
+    began = time.monotonic()
+    loop.await_step(run_id, "draft_checkpoint")
+    print(f"FAULT dagster_daemon: the queued run started after {time.monotonic() - began:.1f} s")
+    loop.await_success(run_id)
+    print(f"FAULT dagster_daemon: converged after {assert_converged(loop, before):.1f} s")
+
+
+def test_mlflow_killed_and_then_silent_for_minutes(loop: Loop) -> None:
+    """Killed while the draft trains; silent from before it is registered: what was trained waits, and is trained once."""
+    before, run_id = look(loop), loop.launch("MLflow away")
+    loop.pid("trainer")
+    back_s = loop.kill_and_await("mlflow")
+    inject.wait_for(loop.id, "mlflow_worker", PATIENCE_S)
+    thaw = [inject.freeze(loop.id, role) for role in ("mlflow", "mlflow_worker")]
+    try:
+        loop.await_step(run_id, "registered_draft")
+        time.sleep(SILENT_S)
+        assert loop.run(run_id).status == "STARTED"
+    finally:
+        for go_on in thaw:
+            go_on()
+    began = time.monotonic()
+    view = loop.await_success(run_id)
+    assert view.run_id == run_id
+    ended_s = time.monotonic() - began
+    print(f"FAULT mlflow: back after {back_s:.1f} s; after {SILENT_S:.0f} s of silence the run ended {ended_s:.1f} s later, "
+          f"converged after {assert_converged(loop, before):.1f} s")

@@ -159,8 +159,9 @@ def test_what_a_killed_child_leaves_behind_is_gone_before_the_next_start(tmp_pat
     monkeypatch.setattr(keep, "FIRST_PAUSE_S", 0.01)
     told = tmp_path / "told"
     assert keep.Keeper([sys.executable, "-c", LEAVES_A_WORKER, str(told)], first=True, whole=True).run() == 0
-    workers = told.read_text().split()
-    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    workers = [int(pid) for pid in told.read_text().split()]
+    assert len(workers) == 2
+    until(lambda: not any(pid in group_members(os.getpgid(pid)) for pid in workers if Path(f"/proc/{pid}").exists()))
 
 
 def test_a_front_that_is_killed_comes_back_on_its_port(tmp_path: Path) -> None:
