@@ -95,7 +95,7 @@ def workspace_file() -> Path:
 def mlflow_server(place: Place) -> Service:
     """Clients write artifacts straight to the folder, so drafts can be read with or without the server."""
     state, s = place.config.state, place.config.stack
-    return _kept(place, "mlflow", "--whole", "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
+    return _kept(place, "mlflow", "--first", "--whole", "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
                  "--backend-store-uri", f"sqlite:///{state.mlflow / 'mlflow.db'}",
                  "--default-artifact-root", (state.mlflow / "artifacts").as_uri(), "--no-serve-artifacts")
 
@@ -130,21 +130,22 @@ def dagster_storage(place: Place) -> Service:
 
 def dagster_code(place: Place) -> Service:
     s = place.config.stack
-    service = _kept(place, "dagster_code", "dagster", "api", "grpc", "--module-name", place.definitions, "--host", place.near,
+    service = _kept(place, "dagster_code", "--first", "dagster", "api", "grpc", "--module-name", place.definitions, "--host", place.near,
                     "--port", str(s.dagster_code_port), "--location-name", LOCATION)
     return replace(service, tell_children=True)            # a run is cancelled, its trainer leaves a checkpoint
 
 
 def dagster_web(place: Place) -> Service:
     s = place.config.stack
-    return _kept(place, "dagster_web", "dagster_webserver", "--host", s.host, "--port", str(s.dagster_port),
+    return _kept(place, "dagster_web", "--first", "dagster_webserver", "--host", s.host, "--port", str(s.dagster_port),
                  "--workspace", str(workspace_file()))
 
 
 def dagster_daemon(place: Place) -> Service:
-    return _kept(place, "dagster_daemon", "dagster._daemon", "run", "--workspace", str(workspace_file()))
+    return _kept(place, "dagster_daemon", "--first", "dagster._daemon", "run", "--workspace", str(workspace_file()))
 
 
-def _kept(place: Place, name: str, *module_and_arguments: str, nice: int = POLITE) -> Service:
-    command = [sys.executable, "-m", "tide_pipeline.serve.keep", "--first", *module_and_arguments]
+def _kept(place: Place, name: str, *arguments: str, nice: int = POLITE) -> Service:
+    """Options of the keeper, the module and its arguments."""
+    command = [sys.executable, "-m", "tide_pipeline.serve.keep", *arguments]
     return Service(name, command, place.environment(), place.config.state.logs / f"{name}.log", nice)
