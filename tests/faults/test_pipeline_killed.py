@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +111,18 @@ def test_mlflow_killed_and_then_silent_for_minutes(loop: Loop) -> None:
     ended_s = time.monotonic() - began
     print(f"FAULT mlflow: back after {back_s:.1f} s; after {SILENT_S:.0f} s of silence the run ended {ended_s:.1f} s later, "
           f"converged after {assert_converged(loop, before):.1f} s")
+
+
+def test_every_part_killed_once_at_a_random_moment(loop: Loop) -> None:
+    """Of one adaptation, which ends all the same."""
+    chance, roles = random.Random(6), ["trainer", "run_worker", "dagster_code", "dagster_daemon", "mlflow", "engine", "supervisor", "front"]
+    chance.shuffle(roles)
+    before, began, run_id = look(loop), time.monotonic(), loop.launch("everything killed")
+    told = []
+    for role in roles:
+        time.sleep(chance.uniform(1.0, 8.0))
+        killed = inject.kill(loop.id, role)
+        told.append(f"{role} at {time.monotonic() - began:.0f} s{'' if killed else ' (not there)'}")
+    loop.await_success(run_id)
+    ended_s = time.monotonic() - began
+    print(f"FAULT random: {', '.join(told)}; done after {ended_s:.0f} s, converged after {assert_converged(loop, before):.1f} s")

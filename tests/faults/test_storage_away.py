@@ -1,4 +1,4 @@
-"""A disk that fills up and a bucket that stops answering, under a real replica: answers go on, what was committed stays, the rest arrives."""
+"""A disk that fills up and a bucket that stops answering, under a real replica: answers go on, what was committed stays, the rest comes."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(place: Path) -> Path:
     """Until not a byte is left."""
     file = place / "filler"
-    with file.open("wb") as stream, contextlib.suppress(OSError):
-        for size in (2**20, 2**12, 1):
+    with file.open("wb", buffering=0) as stream:
+        for size in (2**20, 2**12):
             with contextlib.suppress(OSError):
-                while True:
-                    stream.write(bytes(size))
-                    stream.flush()
+                while stream.write(bytes(size)) == size:
+                    pass
     assert os.statvfs(place).f_bavail == 0
     return file
 
@@ -130,8 +129,9 @@ def test_a_bucket_that_is_silent_for_a_minute_costs_no_answer(tmp_path: Path, bu
         load.assert_same_answers()
         last = sum(load.versions.values())
         until(lambda: len(_names(loop, "silent")) >= min(last, 20), "what was answered meanwhile does not arrive")
-        print(f"FAULT silent bucket: {SILENT_S:.0f} s, {answered_then} requests answered meanwhile, longest wait for a token {gap_s:.1f} s; "
-              f"{len(_names(loop, 'silent'))} of {last} in the log {time.monotonic() - back_at:.1f} s after it answered again")
+        logged, after_s = len(_names(loop, "silent")), time.monotonic() - back_at
+        print(f"FAULT silent bucket: {SILENT_S:.0f} s, {answered_then} requests answered then, longest wait for a token {gap_s:.1f} s; "
+              f"{logged} of {last} in the log {after_s:.1f} s after it answered again")
         assert_lake(loop, before)
 
 

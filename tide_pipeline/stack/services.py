@@ -95,7 +95,8 @@ def workspace_file() -> Path:
 def mlflow_server(place: Place) -> Service:
     """Clients write artifacts straight to the folder, so drafts can be read with or without the server."""
     state, s = place.config.state, place.config.stack
-    return _kept(place, "mlflow", "--first", "--whole", "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
+    return _kept(place, "mlflow", "--first", "--whole",
+                 "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
                  "--backend-store-uri", f"sqlite:///{state.mlflow / 'mlflow.db'}",
                  "--default-artifact-root", (state.mlflow / "artifacts").as_uri(), "--no-serve-artifacts")
 
