@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help install demo test lint types unit e2e gpu bench-quick clean
+.PHONY: help install demo test lint types unit e2e faults gpu bench-quick clean
 
 help:
 	@echo "make demo      install into $(VENV), then run the whole loop once (DEMO_ARGS passes options)"
 	@echo "make test      install into $(VENV), then lint, types and all tests, the end-to-end test included"
 	@echo "make unit      fast tests only"
+	@echo "make faults    kill every part of real stacks and see them come back (a quarter of an hour)"
 	@echo "make gpu       tests that need a GPU"
 	@echo "make bench-quick   run each benchmark for a few seconds: that it works, not how fast it is"
 	@echo "make clean     stop a stack that is still up, remove $(VENV) and the state in .tide/"
@@ -45,6 +46,9 @@ unit: install
 
 e2e: install
 	$(BIN)/pytest -m e2e
+
+faults: install
+	$(BIN)/pytest -m faults tests/faults
 
 gpu: install
 	$(BIN)/pytest -m gpu

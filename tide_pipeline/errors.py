@@ -12,7 +12,8 @@ TideError
 │   ├── CorruptShard
 │   └── NotEnoughSignals
 ├── TrainingFailed           training stopped: NaN, exploding loss, no time left
-├── RegistryError            MLflow refused, is away, or gave back other bytes
+├── RegistryError            MLflow refused, or gave back other bytes
+│   └── RegistryAway         it does not answer, or not now: later may do
 ├── BuildError               a build is missing, incomplete or altered
 │   └── RestartNeeded        it is whole, and only a new server can serve it
 ├── DeploymentConflict       somebody else wrote the deployment record first
@@ -64,6 +65,9 @@ class TrainingFailed(TideError): ...
 
 
 class RegistryError(TideError): ...
+
+
+class RegistryAway(RegistryError): ...
 
 
 class BuildError(TideError): ...

@@ -140,6 +140,30 @@ def test_a_kept_child_comes_back_until_it_ends_by_itself(tmp_path: Path, monkeyp
     assert keeper.run() == ends_with and told.read_text() == "x" * starts
 
 
+def test_a_first_start_that_fails_with_any_code_is_final_where_it_is_asked_for(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    keeper = keep.Keeper([sys.executable, "-c", CHILD, str(told), "0", "2"], first=True)
+    assert keeper.run() == 1 and told.read_text() == "x"
+
+
+LEAVES_A_WORKER = """
+import os, pathlib, subprocess, sys
+worker = subprocess.Popen(["sleep", "60"])
+told = pathlib.Path(sys.argv[1])
+told.write_text(f"{told.read_text() if told.exists() else ''} {worker.pid}")
+sys.exit(0) if len(told.read_text().split()) > 1 else os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_child_leaves_behind_is_gone_before_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "FIRST_PAUSE_S", 0.01)
+    told = tmp_path / "told"
+    assert keep.Keeper([sys.executable, "-c", LEAVES_A_WORKER, str(told)], first=True, whole=True).run() == 0
+    workers = [int(pid) for pid in told.read_text().split()]
+    assert len(workers) == 2
+    until(lambda: not any(pid in group_members(os.getpgid(pid)) for pid in workers if Path(f"/proc/{pid}").exists()))
+
+
 def test_a_front_that_is_killed_comes_back_on_its_port(tmp_path: Path) -> None:
     """By SIGKILL; and SIGTERM to the keeper ends both."""
     write_replicas(tmp_path / "replicas.json", [])

@@ -1,5 +1,7 @@
 """From captured windows to an engine build: train, register, build. Each asset makes one call into the core."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tide_pipeline.registry.registry import RegisteredDraft, Registry
 
 TRAIN_POOL = "train_gpu"
+AWAY_TRIES, AWAY_S = 40, 15.0              # MLflow may be away for ten minutes before a trained draft is given up
 
 
 class AdaptConfig(dg.Config):
@@ -56,7 +59,8 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
     adaptation = adaptation_of(context, tide)
     checkpoint, asked = adaptation.checkpoint(), adaptation.request()
     lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason}
-    draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
+    with waiting_for_mlflow():
+        draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
     return dg.MaterializeResult(metadata={"version": draft.version, "draft_version": draft.draft_version, "digest": draft.digest,
                                           "mlflow_run_id": draft.run_id, "acceptance_length": checkpoint.acceptance_length})
@@ -76,14 +80,26 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     registry = open_registry(settings)
-    if config.version:
-        begin_with(adaptation, registry.get(config.version))
-    draft = adaptation.load(RegisteredDraft, "registered")
-    fetched = fetch_or_refuse(registry, draft, adaptation)
+    with waiting_for_mlflow():
+        if config.version:
+            begin_with(adaptation, registry.get(config.version))
+        draft = adaptation.load(RegisteredDraft, "registered")
+        fetched = fetch_or_refuse(registry, draft, adaptation)
     build = build_engine(settings, fetched, draft.draft_version)
     adaptation.save("build", build)
     return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version,
                                           "path": dg.MetadataValue.path(build.path), **build.warmup})
+
+
+@contextlib.contextmanager
+def waiting_for_mlflow() -> Iterator[None]:
+    """A registry that is away for minutes costs minutes, and no training. What it refuses it would refuse again."""
+    from tide_pipeline.errors import RegistryAway
+
+    try:
+        yield
+    except RegistryAway as error:
+        raise dg.RetryRequested(max_retries=AWAY_TRIES, seconds_to_wait=AWAY_S) from error
 
 
 def begin_with(adaptation: Adaptation, draft: "RegisteredDraft") -> None:
@@ -94,11 +110,13 @@ def begin_with(adaptation: Adaptation, draft: "RegisteredDraft") -> None:
 
 def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: Adaptation) -> Path:
     """The draft's bytes, whose digest is checked. Bytes that are others, or gone, answer the request for them."""
-    from tide_pipeline.errors import RegistryError
+    from tide_pipeline.errors import RegistryAway, RegistryError
     from tide_pipeline.rollout.alias import answer_request
 
     try:
         return registry.fetch(draft.version, adaptation.fetched / draft.draft_version)
+    except RegistryAway:
+        raise
     except RegistryError as error:
         answer_request(registry, draft.version, f"refused: {error}")
         raise

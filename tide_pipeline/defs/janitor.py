@@ -8,6 +8,7 @@ import dagster as dg
 IN_PROGRESS = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 LAUNCHED_BY = ".dagster/grpc_info"         # tag of the default run launcher: which code server spawned the worker
 STARTED_BY_LAUNCHER = "Started process for run"
+WORKER = "from multiprocessing.spawn import"           # of a run worker's command line
 HERE = ("localhost", "127.0.0.1", "0.0.0.0", "::1")      # noqa: S104 - names of this machine, nothing is bound
 
 
@@ -49,11 +50,16 @@ def worker_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, fl
 
 
 def is_alive(pid: int, since: float) -> bool:
-    """Whether a process with this id runs that was there at `since`: ids are used again."""
+    """Whether a process with this id runs that was there at `since`: ids are used again.
+
+    When a clock was set, the time says nothing: what looks like a run worker is taken for one. `dagster/max_runtime` is the backstop.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1.0)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(process.create_time() <= since + 1.0 or WORKER in " ".join(process.cmdline()))
     except psutil.NoSuchProcess:
         return False

@@ -12,16 +12,18 @@ from tide_pipeline.deployment.record import DeploymentRecord
 TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
 ONE_AT_A_TIME = "tide/adapts"              # dagster.yaml lets one run with this tag go and queues the others
+# A run whose worker was killed is run again from the step that was cut off (dagster.yaml: not one whose step failed).
+RESUMED = {"dagster/max_retries": "2", "dagster/retry_strategy": "FROM_FAILURE"}
 
 adapt_draft = dg.define_asset_job(
     "adapt_draft", dg.AssetSelection.assets("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand", ONE_AT_A_TIME: "draft"},
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand", ONE_AT_A_TIME: "draft", **RESUMED},
     description="Train a draft on what was captured, register and build it, prove it against the champion, roll it out.")
 
 
 judge_challenger = dg.define_asset_job(
     "judge_challenger", dg.AssetSelection.assets("draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: "launched by hand", ONE_AT_A_TIME: "draft"},
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: "launched by hand", ONE_AT_A_TIME: "draft", **RESUMED},
     description="Put a registered version before the gate and, if it passes, do with it what rollout.mode says: for an alias that was "
                 "moved by hand, or with draft_engine's `version` filled in.")
 
@@ -68,7 +70,7 @@ def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideR
         context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft"},
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft", **RESUMED},
         description="Mode propose: the click that rolls out what was proposed.")
 def approve_rollout() -> None:
     follow_champion(approve_proposal())

@@ -72,7 +72,10 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
 
     if deployment.groups["rest"].get(key) != build.build_id:
         raise dg.Failure(f"deployment {deployment.n} does not serve it: {deployment.reason}", allow_retries=False)
-    log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
+    try:
+        log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
+    except (RegistryError, BuildError) as error:           # the rollout is over; alias_sensor looks every 30 s
+        log.warning(f"aliases were not moved, the sensor will: {error}")
     return dg.MaterializeResult(asset_key="live_draft", metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
                                                                   "draft_version": build.draft_version, "reason": deployment.reason})
 

@@ -1,4 +1,4 @@
-"""The line to MLflow: quiet, quick to give up, and every failure a RegistryError that names the server. Knows no drafts."""
+"""The line to MLflow: quiet, quick to give up, every failure a RegistryError that names the server. Knows no drafts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tide_pipeline.errors import RegistryError
+from tide_pipeline.errors import RegistryAway, RegistryError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -46,9 +46,10 @@ def talking(uri: str, done: str) -> Iterator[None]:
     try:
         yield
     except RestException as error:
-        raise RegistryError(f"MLflow at {where} refused, nothing was {done}: {_first_line(error)}") from error
+        kind = RegistryAway if error.get_http_status_code() >= 500 else RegistryError      # of its own: a full disk, a database in use
+        raise kind(f"MLflow at {where} refused, nothing was {done}: {_first_line(error)}") from error
     except (MlflowException, requests.RequestException, SQLAlchemyError, OSError) as error:
-        raise RegistryError(f"MLflow at {where} can't be used, nothing was {done}: {_first_line(error)}. Start it with `tide up` or set "
+        raise RegistryAway(f"MLflow at {where} can't be used, nothing was {done}: {_first_line(error)}. Start it with `tide up` or set "
                             "TIDE_MLFLOW_URI to a server that answers, then run the same command again") from error
 
 

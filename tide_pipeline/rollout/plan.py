@@ -3,6 +3,7 @@
     canary    every canary serves it, `bake_s` have passed and the bake is fine       -> wider, or to all
     rolling   every chosen replica serves it, `step_s` have passed, nothing is worse  -> wider, at last settled
     any       a replica that serves it is silent, refuses it, holds other bytes, or live traffic is worse -> back
+    any       the clock was set back behind the record's: neither silence nor a bake can be timed         -> back
 A pause stops what goes forward, never the way back.
 """
 
@@ -54,6 +55,8 @@ def next_action(latest: Deployment | None, sight: Sight, settings: RolloutSettin
     if latest is None or latest.stage not in UNDER_WAY:
         return Action(Kind.NONE, _at_rest(latest))
     chosen, age = latest.canary_replicas, sight.now - latest.created_at
+    if age < -settings.heartbeat_s:
+        return Action(Kind.BACK, f"the clock is {-age:.0f} s behind the one that deployment {latest.n} was written by")
     if troubles := _troubles(latest, sight, settings):
         return Action(Kind.BACK, "; ".join(troubles))
     if sight.evidence.error:

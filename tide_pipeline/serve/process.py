@@ -30,15 +30,30 @@ def next_pause_s(before_s: float, ran_s: float, first_s: float, longest_s: float
 
 def group_members(group: int) -> list[int]:
     """Processes of a group that are not zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:                        # it ended meanwhile
-            continue
-        if int(pgrp) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+    return [pid for pid in _every_pid() if _parent_and_group(pid)[1] == group]
+
+
+def children_of(parent: int) -> list[int]:
+    """Its own children that are not zombies."""
+    return [pid for pid in _every_pid() if is_child(pid, parent)]
+
+
+def is_child(pid: int, parent: int) -> bool:
+    """Whether this process runs, and is `parent`'s: an id that was used again is somebody else's."""
+    return _parent_and_group(pid)[0] == parent
+
+
+def _every_pid() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _parent_and_group(pid: int) -> tuple[int, int]:
+    """(-1, -1) of one that ended, zombie or not."""
+    try:
+        state, parent, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return -1, -1
+    return (int(parent), int(group)) if state != "Z" else (-1, -1)
 
 
 def end_group(group: int, patience_s: float) -> None:

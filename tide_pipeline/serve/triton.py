@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -19,8 +20,10 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.errors import StackError
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.serve.orphan import SHM_PREFIX, remove_stale_shared_memory
-from tide_pipeline.serve.process import choose_ports, die_with_parent, end_group
+from tide_pipeline.serve.process import children_of, choose_ports, die_with_parent, end_group, is_child
 from tide_pipeline.serve.repository import render_model_repository
+
+log = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S = 10                # requests in flight get this long at a stop
 STUB_GRACE_S = 8.0                 # the Python stub flushes the lake when its server was killed
@@ -108,6 +111,7 @@ class TritonReplica:
         self.ports: Ports | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._shm_prefix = ""
+        self._engines: list[int] = []          # process ids of its stubs, since it was ready
 
     def __enter__(self) -> TritonReplica:
         try:
@@ -144,17 +148,30 @@ class TritonReplica:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = triton_command(triton, repository=repository, backends=backends, model=self.config.target, host=self.config.stack.host,
                                  ports=self.ports, shm_prefix=self._shm_prefix, admin_secret=secrets.token_hex(16))
+        self._engines = []
         with self.log.open("ab") as stream:
             self._process = subprocess.Popen(
                 command, env=triton_environment(self.config_file, self.config.serve.threads), stdin=subprocess.DEVNULL, stdout=stream,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
 
     def returncode(self) -> int | None:
-        """None while it runs; also reaps it."""
-        return self._process.poll() if self._process else 0
+        """None while it runs; also reaps it.
+
+        A server whose engine died is killed here: Triton 2.51 goes on without one, ready as before, and answers every request with 400.
+        """
+        if self._process is None:
+            return 0
+        if self._process.poll() is None and not all(is_child(pid, self.pid) for pid in self._engines):
+            log.error("the engine of %s died, its tritonserver is ended", self.replica)
+            self._process.kill()
+            self._process.wait()
+        return self._process.poll()
 
     def is_ready(self) -> bool:
-        return self.returncode() is None and self.client.ready()
+        is_ready = self.returncode() is None and self.client.ready()
+        if is_ready and not self._engines:
+            self._engines = children_of(self.pid)
+        return is_ready
 
     def wait_ready(self, timeout_s: float) -> None:
         """Raises StackError with the log's last words when the server ends or takes too long."""

@@ -10,6 +10,8 @@
 One code server instead of one in each process, measured on two shared cores with small definitions: 3 processes, 403 MB and
 5.3 CPU seconds to start instead of 4, 525 MB and 7.5 s; a job launched by hand is queued after 4.5 s instead of 8.9 s, because
 nothing has to load the definitions again. MLflow's job runner, which we don't use, would be 8 more processes, 650 MB and 6 s.
+
+Each has a keeper as its parent (serve/keep.py, 11 MB): one that dies comes back on its port. The record names the keepers.
 """
 
 from __future__ import annotations
@@ -93,24 +95,24 @@ def workspace_file() -> Path:
 def mlflow_server(place: Place) -> Service:
     """Clients write artifacts straight to the folder, so drafts can be read with or without the server."""
     state, s = place.config.state, place.config.stack
-    return _service(place, "mlflow", "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
-                    "--backend-store-uri", f"sqlite:///{state.mlflow / 'mlflow.db'}",
-                    "--default-artifact-root", (state.mlflow / "artifacts").as_uri(), "--no-serve-artifacts")
+    return _kept(place, "mlflow", "--first", "--whole",
+                 "mlflow", "server", "--host", s.host, "--port", str(s.mlflow_port), "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{state.mlflow / 'mlflow.db'}",
+                 "--default-artifact-root", (state.mlflow / "artifacts").as_uri(), "--no-serve-artifacts")
 
 
 def replica(place: Place, name: str, config_file: Path) -> Service:
     """`config_file` is the stack's; of a second replica the same with ports of its own."""
     first = name == place.config.serve.replica_names[0]
-    return _service(place, "replica" if first else name.replace("-", "_"), "tide_pipeline.serve.supervisor", "--config", str(config_file),
-                    "--state-file", str(place.replica_state_file(name)), "--replica", name,
-                    "--replicas-file", str(place.replicas_file), nice=0)
+    return _kept(place, "replica" if first else name.replace("-", "_"), "tide_pipeline.serve.supervisor", "--config", str(config_file),
+                 "--state-file", str(place.replica_state_file(name)), "--replica", name,
+                 "--replicas-file", str(place.replicas_file), nice=0)
 
 
 def front(place: Place) -> Service:
-    """Kept: one that dies comes back on the same port."""
     s = place.config.stack
-    return _service(place, "front", "tide_pipeline.serve.keep", "tide_pipeline.serve.front", "--replicas", str(place.replicas_file),
-                    "--state-file", str(place.front_state_file), "--host", s.host, "--port", str(s.front_port), nice=0)
+    return _kept(place, "front", "tide_pipeline.serve.front", "--replicas", str(place.replicas_file),
+                 "--state-file", str(place.front_state_file), "--host", s.host, "--port", str(s.front_port), nice=0)
 
 
 def registrar(place: Place) -> Service:
@@ -129,20 +131,22 @@ def dagster_storage(place: Place) -> Service:
 
 def dagster_code(place: Place) -> Service:
     s = place.config.stack
-    service = _service(place, "dagster_code", "dagster", "api", "grpc", "--module-name", place.definitions, "--host", place.near,
-                       "--port", str(s.dagster_code_port), "--location-name", LOCATION)
+    service = _kept(place, "dagster_code", "--first", "dagster", "api", "grpc", "--module-name", place.definitions, "--host", place.near,
+                    "--port", str(s.dagster_code_port), "--location-name", LOCATION)
     return replace(service, tell_children=True)            # a run is cancelled, its trainer leaves a checkpoint
 
 
 def dagster_web(place: Place) -> Service:
     s = place.config.stack
-    return _service(place, "dagster_web", "dagster_webserver", "--host", s.host, "--port", str(s.dagster_port),
-                    "--workspace", str(workspace_file()))
+    return _kept(place, "dagster_web", "--first", "dagster_webserver", "--host", s.host, "--port", str(s.dagster_port),
+                 "--workspace", str(workspace_file()))
 
 
 def dagster_daemon(place: Place) -> Service:
-    return _service(place, "dagster_daemon", "dagster._daemon", "run", "--workspace", str(workspace_file()))
+    return _kept(place, "dagster_daemon", "--first", "dagster._daemon", "run", "--workspace", str(workspace_file()))
 
 
-def _service(place: Place, name: str, module: str, *arguments: str, nice: int = POLITE) -> Service:
-    return Service(name, [sys.executable, "-m", module, *arguments], place.environment(), place.config.state.logs / f"{name}.log", nice)
+def _kept(place: Place, name: str, *arguments: str, nice: int = POLITE) -> Service:
+    """Options of the keeper, the module and its arguments."""
+    command = [sys.executable, "-m", "tide_pipeline.serve.keep", *arguments]
+    return Service(name, command, place.environment(), place.config.state.logs / f"{name}.log", nice)

@@ -1,0 +1,61 @@
+"""What serves, killed under streaming load with two replicas behind the front: server, engine, supervisor, front, and everything of one.
+
+Requests that the killed process was serving may fail; every other one is answered. How long nobody got a token is measured and bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import inject
+import pytest
+
+from tests.faults.converged import assert_lake, look, serves_the_record
+from tests.faults.load import Load
+from tests.faults.loop import Loop, tiny_loop, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+NOBODY_S = 20.0                    # stated: with a replica left, and the front there, somebody gets a token at least this often
+NOTICE_S = 1.0                     # in which a request may still be given to what was just killed
+CLIENTS = 3
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    with tiny_loop(tmp_path_factory.mktemp("fleet"), {"serve": {"replicas": 2}}, parts=("replica",)) as made:
+        yield made
+
+
+def ready(loop: Loop) -> int:
+    """Replicas that the front sends requests to; 0 while the front is away."""
+    try:
+        return sum(r["ready"] for r in httpx.get(f"{loop.stack.triton_url}/front/status", timeout=5).json()["replicas"])
+    except httpx.HTTPError:
+        return 0
+
+
+@pytest.mark.parametrize("role", ["triton", "engine", "supervisor", "front"])
+def test_a_part_killed_under_load_comes_back(loop: Loop, role: str) -> None:
+    before = look(loop)
+    with Load(loop.client, CLIENTS, name=role) as load:
+        until(lambda: len(load.answered) >= 10)
+        killed = [p.pid for p in inject.processes(loop.id, role)]
+        assert inject.kill(loop.id, role) == killed[:1]
+        killed_at = time.monotonic()
+        inject.wait_for(loop.id, role, 120.0, other_than=killed)
+        back_s = until(lambda: ready(loop) == 2, "not all replicas are ready again") + time.monotonic() - killed_at
+        healed_at, answered = time.monotonic(), len(load.answered)
+        until(lambda: len(load.answered) >= answered + 10)
+    served_then, sent_after = load.broken(killed_at + NOTICE_S)
+    load.assert_same_answers()
+    gap_s = load.gap_s(killed_at, healed_at)
+    print(f"FAULT {role}: whole again after {back_s:.1f} s, nobody got a token for {gap_s:.1f} s, {served_then} requests broke off, "
+          f"{sent_after} sent later failed: {[f.error[:90] for f in load.failures if f.sent > killed_at + NOTICE_S][:4]}")
+    assert gap_s < NOBODY_S
+    assert sent_after == 0, load.failures
+    assert role == "front" or served_then <= 2 * CLIENTS, load.failures        # there is one front: while it is away everybody is refused
+    until(lambda: serves_the_record(loop))
+    assert_lake(loop, before)
