@@ -28,7 +28,7 @@ import psutil
 from options import finish, parser, settle
 from soak_loop_dagster import launch, seen, sensor_said
 from soak_loop_faults import Faults
-from soak_loop_judge import Turn, missed, outcome, requests, stages
+from soak_loop_judge import Turn, medians, missed, outcome, requests, stages
 from soak_loop_plan import Plan, Shift, full, quick
 from soak_loop_traffic import Traffic
 from soak_loop_watch import Watch, disk, memory, over_time, unbounded
@@ -150,8 +150,9 @@ class Soak:
         samples, bars = self.watch.samples, self.plan.bars
         shifts = [outcome(turn, adaptations, history) for turn in self.turns[1:]]
         kept_memory, kept_disk = memory(samples, bars), disk(samples, bars, config.retention.signal_gb, len(adaptations))
-        found = {"seconds": round(ended - self.began, 1), "shifts": shifts,
-                 "requests": requests(self.traffic.tally, self.faults.done), "adaptations": self._adaptations(adaptations, history),
+        told = self._adaptations(adaptations, history)
+        found = {"seconds": round(ended - self.began, 1), "shifts": shifts, "requests": requests(self.traffic.tally, self.faults.done),
+                 "adaptations": told, "stages_s_median": medians(told),
                  "faults": [f.as_dict(self.began) for f in self.faults.done], "faults_left": [f.name for f in self.faults.waiting],
                  "unbounded_memory": unbounded(kept_memory), "unbounded_disk": unbounded(kept_disk), "memory": kept_memory,
                  "disk": kept_disk, "looking_failed": dict(self.errors), "looking_failed_last": self._without_paths(),

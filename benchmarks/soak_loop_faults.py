@@ -60,10 +60,11 @@ class Faults:
 
     def tick(self, turn: int, elapsed_s: float) -> None:
         for fault in [f for f in self.waiting if f.shift == turn and self._is_due(f, elapsed_s)]:
+            at = time.time()
             killed = [pid for role in fault.roles for pid in inject.kill(self.stack_id, role, every=True)]
             if killed:
                 self.waiting.remove(fault)
-                self.done.append(Injected(fault, time.time(), killed))
+                self.done.append(Injected(fault, at, killed))
         self._start_what_stays_dead()
         for one in self.done:
             if not one.back_at and time.time() - one.at < BACK_WITHIN_S and self._is_back(one):

@@ -22,6 +22,7 @@ from tide_pipeline.stack.processes import STACK_ID
 MB = 1e6
 DRAFTS = ("training", "builds", "mlflow")
 LEAST_SAMPLES = 12                 # of a process, to say whether it grows
+PASSING = ("run_worker", "trainer", "other")   # these end with their work: only their peak is told
 Rss = dict[str, dict[int, float]]  # role -> process id -> MB
 
 
@@ -99,7 +100,7 @@ def memory(samples: Sequence[Sample], bars: Bars) -> dict[str, dict[str, Any]]:
                 lives.setdefault(pid, []).append(mb)
         longest = max(lives.values(), key=len)
         out[role] = {"processes": len(lives), "peak_mb": max(max(life) for life in lives.values()), "samples": len(longest)}
-        if len(longest) >= LEAST_SAMPLES:
+        if len(longest) >= LEAST_SAMPLES and role not in PASSING:
             quarter = len(longest) // 4
             before, after = statistics.median(longest[quarter : 2 * quarter]), statistics.median(longest[-quarter:])
             bound = max(bars.rss_growth_mb, bars.rss_growth * before)

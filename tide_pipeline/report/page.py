@@ -27,7 +27,7 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render(data: ReportData) -> str:
     """The page's HTML."""
-    sections = [_phases(data.phases), savings_section(data.savings), section("Over time", plot_box(time_plot(data))),
+    sections = [_phases(data.phases), savings_section(data.savings, *_ends(data)), section("Over time", plot_box(time_plot(data))),
                 _stages(data.stages_s), _drifts(data.drifts, data.verdicts),
                 section("Training", plot_box(training_plot(data.training)) + _trainings(data.trainings)), _gates(data.gates),
                 _deployments(data.deployments, data.versions), _facts(data.facts)]
@@ -156,7 +156,12 @@ def _number(row: Mapping[str, Any], key: str) -> str:
 def _period(data: ReportData) -> str:
     if not data.series and data.since is None:
         return ""
-    since = data.since if data.since is not None else min(b.time for b in data.series)
-    until = data.until if data.until is not None else max((b.time + b.seconds for b in data.series), default=since)
+    since, until = _ends(data)
     size, unit = next(((s, u) for s, u in ((86_400, "days"), (3600, "hours"), (60, "minutes")) if until - since >= 2 * s), (1, "seconds"))
     return f"{clock(since)} to {clock(until)} UTC, {(until - since) / size:.1f} {unit}"
+
+
+def _ends(data: ReportData) -> tuple[float, float]:
+    """Of the period as it was asked for, else of what is shown."""
+    since = data.since if data.since is not None else min((b.time for b in data.series), default=0.0)
+    return since, data.until if data.until is not None else max((b.time + b.seconds for b in data.series), default=since)

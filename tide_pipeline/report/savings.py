@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.report.replayed import Accepted, Place, Regimes, replay_regimes
-from tide_pipeline.report.step_costs import DRAWS, GROUPS, Ints, Steps, added_up, cost_ratios, drawn_weights, served_steps
+from tide_pipeline.report.step_costs import DRAWS, GROUPS, Ints, Steps, added_up, drawn_weights, find_costs, served_steps
 
 Floats = NDArray[np.float64]
 
@@ -82,7 +82,7 @@ def find_savings(config: TideConfig, since: float, until: float, bucket_s: float
     if not len(steps.steps_N):
         return None
     weights_SG = drawn_weights()
-    ratio_SK = cost_ratios(steps, weights_SG)
+    ratio_SK = find_costs(config, since, until, steps.kinds[0], weights_SG)
     parts = _Parts(steps, regimes, since, bucket_s)
     wanted = {place: {static, *versions} for place, versions in parts.versions(static).items()}
     speeds = _Speeds(steps, ratio_SK, replay_regimes(config, drafts, wanted, regimes, since, until), static)
@@ -100,8 +100,8 @@ class _Parts:
 
     def __init__(self, steps: Steps, regimes: Regimes, since: float, bucket_s: float) -> None:
         self.buckets = int(steps.bucket_N.max()) + 1
-        middle_T = since + bucket_s * (np.arange(self.buckets) + 0.5)
-        keys = [((steps.names[line][0], regimes.of(steps.names[line][0], middle_T[bucket])), steps.names[line][1])
+        ends_T = since + bucket_s * (np.arange(self.buckets) + 1)      # a draft never serves before the drift it was trained for
+        keys = [((steps.names[line][0], regimes.of(steps.names[line][0], ends_T[bucket])), steps.names[line][1])
                 for line, bucket in zip(steps.line_N.tolist(), steps.bucket_N.tolist(), strict=True)]
         self.names: list[tuple[Place, str]] = sorted(set(keys))
         at = {key: i for i, key in enumerate(self.names)}

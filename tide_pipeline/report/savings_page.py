@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from tide_pipeline.report.parts import DASH, Html, note, plot_box, section, table
+from tide_pipeline.report.plots import time_axis
 from tide_pipeline.report.savings import STATIC, Interval, Savings
 from tide_pipeline.report.svg import MUTED, SERIES, figure, to_svg
 
 LEAST_SHARE = 0.005                # of the served time: what can't be judged is told from there on
 
 
-def savings_section(found: Savings | None) -> str:
-    """"" where nothing was served."""
+def savings_section(found: Savings | None, since: float, until: float) -> str:
+    """"" where nothing was served. Times: the period."""
     if found is None or not found.against:
         return ""
-    return section("What drafts saved", _sums(found) + plot_box(savings_plot(found)) + _replays(found) + _how(found))
+    return section("What drafts saved", _sums(found) + plot_box(savings_plot(found, since, until)) + _replays(found) + _how(found))
 
 
 def in_words(found: Savings | None) -> str:
@@ -24,31 +25,29 @@ def in_words(found: Savings | None) -> str:
     return f"{' and '.join(told)}, training paid" if told else ""
 
 
-def savings_plot(found: Savings) -> str:
+def savings_plot(found: Savings, since: float, until: float) -> str:
     """Seconds saved so far, trainings taken off when they end."""
     lines = [a for a in found.against if a.line]
     if not lines:
         return ""
-    begin = lines[0].line[0][0]
     with figure(11.0, 3.0) as drawing:
         axes = drawing.subplots()
         for i, against in enumerate(lines):
             at, y, low, high = (np.array(values) for values in zip(*against.line, strict=True))
             spent = np.array([sum(seconds for ended, seconds in found.training if ended <= t) for t in at])
-            minutes = (at - begin) / 60
-            axes.fill_between(minutes, low - spent, high - spent, color=SERIES[i], alpha=0.18, lw=0)
-            axes.plot(minutes, y - spent, color=SERIES[i])
-            axes.annotate(f"against {against.name}", (minutes[-1], y[-1] - spent[-1]), xytext=(-4, 8), textcoords="offset points",
-                          ha="right", color=SERIES[i], fontsize=10, fontweight="bold")
+            axes.fill_between(at - since, low - spent, high - spent, color=SERIES[i], alpha=0.18, lw=0)
+            axes.plot(at - since, y - spent, color=SERIES[i])
+            axes.annotate(f"against {against.name}", (at[-1] - since, y[-1] - spent[-1]), xytext=(-4, -14 if i else 8),
+                          textcoords="offset points", ha="right", color=SERIES[i], fontsize=10, fontweight="bold")
         axes.axhline(0.0, color=MUTED, lw=1.0)
-        axes.margins(x=0.0, y=0.18)
+        axes.margins(y=0.18)
         axes.set_title("seconds of the serving device saved so far, seconds of training taken off")
-        axes.set_xlabel("minutes")
+        time_axis(axes, since, until)
         return to_svg(drawing, "savings", "Seconds saved so far against no speculation and against the static draft")
 
 
 def _sums(found: Savings) -> str:
-    rows = [["as served", f"{found.tokens / found.served_s:,.0f}", f"{found.served_s:,.0f}", DASH, DASH, DASH, "100 %"]]
+    rows = [["as served", f"{found.tokens / found.served_s:,.0f}", f"{found.served_s:,.0f}", DASH, DASH, DASH, "100%"]]
     for a in found.against:
         net = Interval(*(value - found.training_s for value in (a.saved_s.estimate, a.saved_s.low, a.saved_s.high)))
         rows.append([f"with {a.name}", _span(a.tokens_per_s), _span(a.seconds), _span(a.saved_s), f"{found.training_s:,.0f}", _net(net),

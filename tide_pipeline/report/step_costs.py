@@ -9,6 +9,8 @@ the batch these are seconds of the serving device. Prompt chunks are in neither.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +21,12 @@ from tide_pipeline.drift.views import read
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Kind = tuple[int, int]             # draft length, batch
 
 GROUPS = 100                       # of requests, drawn whole: what a bootstrap of single ones would show, at a cost that stays bounded
 DRAWS = 200
-SWEEPS = 6                         # of alternating means; the factors hardly correlate
+SLICE_S = 10.0                     # a load each: it must not change much within one
+MOST_SLICES = 400                  # that costs are found from, spread over the period
 LEAST_STEPS = 50                   # of a (draft length, batch), to say what it costs
 
 _ROWS = """
@@ -30,7 +34,7 @@ select (hash(request_id) % $groups)::int, floor((epoch(time) - $since) / $bucket
        greatest(1, round(mean_batch_size))::int, sum(num_steps), sum(emitted_tokens), sum(duration_ms),
        sum(duration_ms / greatest(1, mean_batch_size))
 from acceptance where time >= to_timestamp(floor($since)) and epoch(time) > $since and epoch(time) <= $until and num_steps > 0
-     and duration_ms > 0
+     and duration_ms > 0 and floor((epoch(time) - $since) / $bucket_s)::int % $every = 0
 group by all
 """
 
@@ -51,16 +55,16 @@ class Steps:
     device_ms_N: Floats            # shared by the batch
 
     @property
-    def kinds(self) -> tuple[list[tuple[int, int]], Ints]:
+    def kinds(self) -> tuple[list[Kind], Ints]:
         """The (draft length, batch) that were served, and which of them each row is."""
         pairs = np.stack([self.length_N, self.batch_N], 1)
         found, inverse = np.unique(pairs, axis=0, return_inverse=True)
         return [(int(k), int(b)) for k, b in found], inverse.reshape(-1)
 
 
-def served_steps(config: TideConfig, since: float, until: float, bucket_s: float) -> Steps:
-    """Of the period. Raises LakeError."""
-    rows = read(config, _ROWS, {"since": since, "until": until, "bucket_s": float(bucket_s), "groups": GROUPS}, since=since)
+def served_steps(config: TideConfig, since: float, until: float, bucket_s: float, every: int = 1) -> Steps:
+    """Of the period, of every so manieth bucket. Raises LakeError."""
+    rows = read(config, _ROWS, {"since": since, "until": until, "bucket_s": float(bucket_s), "groups": GROUPS, "every": every}, since=since)
     names = sorted({(str(r[2]), str(r[3])) for r in rows})
     at = {name: i for i, name in enumerate(names)}
     whole = [np.array([r[i] for r in rows], dtype=np.int64) for i in (0, 1, 4, 5)]
@@ -75,18 +79,29 @@ def drawn_weights(seed: int = 0) -> Floats:
     return np.concatenate([np.ones((1, GROUPS)), drawn])
 
 
-def cost_ratios(steps: Steps, weights_SG: Floats) -> Floats:
+def find_costs(config: TideConfig, since: float, until: float, kinds: Sequence[Kind], weights_SG: Floats) -> Floats:
     """[S, K]: the cost of each kind of step over that of a step without a draft at the same batch; NaN where no plain step tells.
 
-    A batch that was never served plain borrows the ratio of the nearest one that was.
+    A batch that was never served plain borrows the ratio of the nearest one that was. Raises LakeError.
     """
-    kinds, kind_N = steps.kinds
-    served_K = added_up(kind_N, steps.steps_N, len(kinds))
-    return np.stack([_ratios(kinds, _fit(steps, kind_N, len(kinds), weights_G), served_K) for weights_G in weights_SG])
+    every = max(1, math.ceil((until - since) / SLICE_S / MOST_SLICES))
+    steps = served_steps(config, since, until, SLICE_S, every)
+    if not len(steps.steps_N):
+        return np.full((len(weights_SG), len(kinds)), np.nan)
+    served, kind_N = steps.kinds
+    slices, slice_N = np.unique(steps.bucket_N, return_inverse=True)
+    shape = (GROUPS, len(slices), len(served))
+    place_N = (steps.group_N * shape[1] + slice_N.reshape(-1)) * shape[2] + kind_N
+    log_N = np.log(steps.ms_N / steps.steps_N)
+    steps_GTK, logs_GTK = (added_up(place_N, values_N, math.prod(shape)).reshape(shape) for values_N in
+                           (steps.steps_N, steps.steps_N * log_N))
+    enough_K = steps_GTK.sum((0, 1)) >= LEAST_STEPS
+    fits = (_fit(np.tensordot(weights_G, steps_GTK, 1), np.tensordot(weights_G, logs_GTK, 1)) for weights_G in weights_SG)
+    return np.stack([_ratios(dict(zip(served, np.where(enough_K, cost_K, np.nan), strict=True)), kinds) for cost_K in fits])
 
 
-def _ratios(kinds: list[tuple[int, int]], log_cost_K: Floats, served_K: Floats) -> Floats:
-    cost = {kind: log_cost_K[i] for i, kind in enumerate(kinds) if served_K[i] >= LEAST_STEPS and np.isfinite(log_cost_K[i])}
+def _ratios(log_cost: Mapping[Kind, float], kinds: Sequence[Kind]) -> Floats:
+    cost = {kind: value for kind, value in log_cost.items() if np.isfinite(value)}
     ratios = {(k, b): float(np.exp(cost[k, b] - cost[0, b])) for k, b in cost if (0, b) in cost}
     return np.array([_nearest(ratios, k, b) for k, b in kinds])
 
@@ -96,22 +111,22 @@ def added_up(at_N: Ints, values_N: Floats, size: int) -> Floats:
     return np.asarray(np.bincount(at_N, values_N, size), dtype=np.float64)
 
 
-def _nearest(ratios: dict[tuple[int, int], float], length: int, batch: int) -> float:
+def _nearest(ratios: Mapping[Kind, float], length: int, batch: int) -> float:
     if length == 0:
         return 1.0 if ratios else float("nan")
     near = sorted((abs(b - batch), abs(k - length), k, b) for k, b in ratios if k > 0)
     return ratios[near[0][2], near[0][3]] if near and near[0][1] <= 1 else float("nan")
 
 
-def _fit(steps: Steps, kind_N: Ints, kinds: int, weights_G: Floats) -> Floats:
-    """[K] logarithms of costs, up to a constant; NaN for what was not drawn."""
-    weight_N = steps.steps_N * weights_G[steps.group_N]
-    log_N = np.log(steps.ms_N / steps.steps_N)
-    buckets = int(steps.bucket_N.max(initial=0)) + 1
-    per_bucket, per_kind = (added_up(at, weight_N, size) for at, size in ((steps.bucket_N, buckets), (kind_N, kinds)))
-    load_T, cost_K = np.zeros(buckets), np.zeros(kinds)
-    for _ in range(SWEEPS):
-        cost_K = added_up(kind_N, weight_N * (log_N - load_T[steps.bucket_N]), kinds) / np.maximum(per_kind, 1e-9)
-        load_T = added_up(steps.bucket_N, weight_N * (log_N - cost_K[kind_N]), buckets) / np.maximum(per_bucket, 1e-9)
-    cost_K[per_kind <= 0] = np.nan
+def _fit(steps_TK: Floats, logs_TK: Floats) -> Floats:
+    """[K] logarithms of costs, up to a constant; NaN for what was not drawn. T = time slices, each with a load of its own.
+
+    Least squares of log ms = load_T + cost_K, the loads solved for first: what is left is K equations.
+    """
+    steps_T, steps_K = np.maximum(steps_TK.sum(1), 1e-9), steps_TK.sum(0)
+    shares_TK = steps_TK / steps_T[:, None]
+    left_KK = np.diag(steps_K) - steps_TK.T @ shares_TK
+    right_K = logs_TK.sum(0) - shares_TK.T @ logs_TK.sum(1)
+    cost_K: Floats = np.linalg.lstsq(left_KK, right_K, rcond=1e-9)[0]       # costs have no zero: the shortest of all solutions
+    cost_K[steps_K <= 0] = np.nan
     return cost_K
