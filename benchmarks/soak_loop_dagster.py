@@ -17,6 +17,7 @@ from tide_pipeline.stack.services import LOCATION
 
 HOME = {"repositoryLocationName": LOCATION, "repositoryName": "__repository__"}
 TAGS = [{"key": "tide/reason", "value": "maintenance of the soak"}]
+ROOT = "dagster/root_run_id"       # a run that goes on where another was cut off works in that one's folder
 _LAUNCH = "mutation Launch($asked: ExecutionParams!) { launchRun(executionParams: $asked) { __typename ... on PythonError { message } } }"
 _SENSOR = """
 query Said($sensor: SensorSelector!) {
@@ -41,7 +42,7 @@ def sensor_said(dagster_url: str) -> str:
 
 def seen(config: TideConfig, run: RunView) -> Seen:
     """A run with what it left in its folder and what the gate said."""
-    folder, focus_since, verdict = Adaptation.of(config, run.run_id), 0.0, None
+    folder, focus_since, verdict = Adaptation.of(config, run.run_id, run.tags.get(ROOT)), 0.0, None
     with contextlib.suppress(TideError):
         focus_since = folder.request().focus_since
     with contextlib.suppress(TideError, GateNotPassed, TypeError):

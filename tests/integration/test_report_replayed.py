@@ -57,7 +57,8 @@ def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: 
     deploy(config, 2, second)
     serve(config, tiny_dir, second)
 
-    found = collect(config, began).savings
+    data = collect(config, began)
+    found = data.savings
     assert found is not None and found.static_version == "v1" and found.training_s == 0.0      # no curve: nothing was trained here
     against = {a.name: a for a in found.against}
     assert set(against) == {NONE, STATIC} and against[STATIC].judged_share == pytest.approx(1.0)
@@ -67,7 +68,7 @@ def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: 
     rest = found.served_s - against[STATIC].seconds.estimate + against[STATIC].saved_s.estimate
     assert rest == pytest.approx(0.0, abs=1e-6)
     assert against[STATIC].saved_s.estimate >= 0.0
-    assert "faster than static" in render(collect(config, began))
+    assert "faster than static" in render(data)
 
 
 def test_without_captured_windows_the_static_draft_is_not_judged(tmp_path: Path, tiny_dir: Path, tiny_target: Target) -> None:
