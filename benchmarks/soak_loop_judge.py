@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from soak_loop_faults import Injected
+from soak_loop_faults import BACK_WITHIN_S, Injected
 from soak_loop_plan import Bars, Shift
 from soak_loop_traffic import Lost, Tally
 
@@ -100,8 +100,14 @@ def stages(first_sent: float, adaptation: Adaptation, history: Sequence[Deployme
 
 
 def excused(lost: Lost, faults: Sequence[Injected]) -> str:
-    """The part that was killed while it was serving this request; "" where there is none."""
-    return next((f.fault.name for f in faults if f.fault.is_serving and lost.sent_at <= f.at <= lost.ended_at), "")
+    """The part that was killed while it was serving this request; "" where there is none.
+
+    A replica takes requests for a moment after its engine was killed, until its supervisor sees it: "(going down)".
+    """
+    serving = [f for f in faults if f.fault.is_serving]
+    at_once = next((f.fault.name for f in serving if lost.sent_at <= f.at <= lost.ended_at), "")
+    return at_once or next((f"{f.fault.name} (going down)" for f in serving
+                            if f.fault.name != "front" and f.at <= lost.sent_at <= (f.back_at or f.at + BACK_WITHIN_S)), "")
 
 
 def expected_refusal(lost: Lost, faults: Sequence[Injected]) -> bool:

@@ -86,15 +86,17 @@ def test_stages_add_up() -> None:
 
 
 ENGINE = Injected(Fault(("engine",), 1, 0.0), at=50.0, killed=[1], back_at=60.0)
+FRONT = Injected(Fault(("front",), 1, 0.0), at=50.0, killed=[3], back_at=60.0)
 MLFLOW = Injected(Fault(("mlflow", "mlflow_worker"), 1, 0.0), at=50.0, killed=[2], back_at=60.0)
 
 
 def test_which_requests_may_be_lost() -> None:
     served, later = Lost(49.0, 50.2, "en", "cut"), Lost(51.0, 52.0, "en", "cut")
-    assert excused(served, [ENGINE]) == "engine" and excused(later, [ENGINE]) == "" and excused(served, [MLFLOW]) == ""
+    assert excused(served, [ENGINE]) == "engine" and excused(served, [MLFLOW]) == "" and excused(later, [FRONT]) == ""
+    assert excused(later, [ENGINE]) == "engine (going down)" and excused(Lost(61.0, 62.0, "en", "cut"), [ENGINE]) == ""
     assert expected_refusal(later, [ENGINE]) and not expected_refusal(later, [MLFLOW])
     assert not expected_refusal(Lost(70.0, 70.1, "en", "503"), [ENGINE]) and not expected_refusal(Lost(40.0, 40.1, "en", "503"), [ENGINE])
-    found = requests(Tally(finished=5, failed=[served, later], refused=[later]), [ENGINE, MLFLOW])
+    found = requests(Tally(finished=5, failed=[served, Lost(70.0, 71.0, "en", "cut")], refused=[later]), [ENGINE, MLFLOW])
     assert found["failed_while_killed"] == {"engine": 1} and found["failed_otherwise"] == 1 and found["refused_with_nothing_down"] == 0
 
 
