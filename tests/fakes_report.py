@@ -34,7 +34,12 @@ def demo_state(config: TideConfig, now: float) -> float:
         if second % 10 == 0:
             curve.append({"step": 4 * second, "elapsed_s": float(second), "acceptance_length": 2.75 - 1.2 * 0.95**second})
     (Path(new.path) / "draft").mkdir()
-    (Path(new.path) / "draft" / "provenance.json").write_text(json.dumps({"created_at": now - 105, "train_s": 75.0, "curve": curve}))
+    (Path(new.path) / "draft" / "provenance.json").write_text(json.dumps({
+        "created_at": now - 105, "train_s": 75.0, "curve": curve, "workload": "default", "focus_since": now - 235, "digest": "d" * 64,
+        "rows": 21_000, "start_acceptance_length": 1.55, "acceptance_length": 2.69}))
+    run = config.state.training / "run-1"
+    write_json(run / "request.json", {"workload": "default", "reason": "drop 0.42 (0.40 to 0.44)", "focus_since": now - 235})
+    write_json(run / "draft" / "checkpoint.json", {"digest": "d" * 64})
     deploy(config, {"*": old.build_id}, began - 50, reason="first deployment")
     deploy(config, {"*": new.build_id}, now - 92, reason="gate passed: acceptance length 1.55 to 2.69")
     write_gate(config, new, now - 95)

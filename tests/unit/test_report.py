@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from tests.fakes_drift import config_in
 from tests.fakes_report import NEW, OLD, demo_state, phases
+from tide_pipeline.contracts import Deployment
 from tide_pipeline.drift.series import Bucket
 from tide_pipeline.report.data import ReportData, Span
 from tide_pipeline.report.page import headline, render, write_report
-from tide_pipeline.report.period import MOST_BUCKETS, bucket_of, collect
+from tide_pipeline.report.period import MOST_BUCKETS, bucket_of, collect, rollout_marks
 from tide_pipeline.report.plots import merged, place_labels, smoothed
 
 STAGES = {"detect and collect": 54.2, "train": 79.9, "gate": 11.0}
@@ -62,10 +63,11 @@ def bucket(at: float, version: str = "v1", workload: str = "default", rate: floa
 
 
 def test_every_section(page: str) -> None:
-    assert Headings(page).found == ["What speculation is worth", "Over time", "The adaptation", "Drift", "Training", "Gate", "Deployments",
-                                    "Machine and settings"]
+    assert Headings(page).found == ["What speculation is worth", "What drafts saved", "Over time", "The adaptation", "Drift", "Training",
+                                    "Gate", "Deployments", "Machine and settings"]
     for said in (OLD, NEW, "1.72x", "temperature 0.8, all", "greedy, looping", "145.1 s", "gain +1.14 [+1.05, +1.22]", "shifted: py",
-                 f"stable: {NEW}", f"training {NEW}", "held-out requests"):
+                 f"stable: {NEW}", f"training {NEW}", "held-out requests", "drift: default",
+                 "drop 0.42 (0.40 to 0.44)", "21,000", "with no speculation"):
         assert said in page, said
 
 
@@ -83,7 +85,7 @@ def test_plots_take_their_colours_from_the_page(page: str) -> None:
 
 def test_ids_are_unique_and_svg_is_well_formed(page: str) -> None:
     plots = re.findall(r'<svg role="img".*?</svg>', page, re.S)
-    assert len(plots) == 2
+    assert len(plots) == 3
     ids = [element.get("id") for plot in plots for element in ElementTree.fromstring(plot).iter() if element.get("id")]
     assert len(ids) == len(set(ids))
     for plot in plots:
@@ -135,7 +137,18 @@ def test_a_period_takes_only_its_own(tmp_path: Path) -> None:
     assert [d.n for d in data.deployments] == [2] and list(data.training) == [NEW] and len(data.spans) == len(data.gates) == 1
     assert {b.draft_version for b in data.series} == {"", OLD, NEW} and data.verdicts[0].draft_version == NEW
     early = collect(config, began, now - 200)
-    assert not early.deployments and not early.training and not early.spans and not early.gates
+    assert not early.deployments and not early.training and not early.spans and not early.gates and not early.trainings
+    assert [d.draft_version for d in data.drifts] == [NEW] and data.trainings[0].seconds == 75.0 and len(early.drifts) == 1
+    assert collect(config, began, now, with_savings=False).savings is None
+
+
+def test_an_ended_rollout_is_marked_once() -> None:
+    def record(n: int, stage: str, began: int, group: str) -> Deployment:
+        return Deployment(n, "pocket", {"rest": {"*": "a"}, group: {"*": "b"}}, (), stage, "tests", "test", float(n), "*", began)
+
+    ended = [record(2, "canary", 2, "canary"), record(3, "rolling", 2, "canary"), record(4, "stable", 2, "rest")]
+    going = record(5, "canary", 5, "canary")
+    assert rollout_marks([*ended, going], {"a": "v1", "b": "v2"}) == [(4.0, "stable: v2"), (5.0, "canary: v2")]
 
 
 def test_buckets_are_round_and_not_too_many() -> None:

@@ -46,8 +46,9 @@ def report(
     ctx: typer.Context,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: reports/report.html in the state directory.")] = None,
     hours: Annotated[float, typer.Option(min=0.01, help="How far back it looks.")] = 24.0,
+    with_savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Say what drafts saved; replays captured windows.")] = True,
 ) -> None:
-    """Write a self-contained HTML page: acceptance and throughput over time, trainings, gates, deployments.
+    """Write a self-contained HTML page: what drafts saved, acceptance and throughput over time, drift, trainings, gates, deployments.
 
     [bold]tide report --hours 1 --out now.html[/bold]
     """
@@ -56,5 +57,5 @@ def report(
 
     config = settings_of(ctx)
     file = out or config.state.reports / "report.html"
-    write_report(file, collect(config, time.time() - 3600 * hours))
+    write_report(file, collect(config, time.time() - 3600 * hours, with_savings=with_savings))
     console().print(str(file), markup=False)

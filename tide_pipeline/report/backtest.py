@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -12,9 +11,11 @@ from tide_pipeline.drift.backtest import Backtest, Outcome
 from tide_pipeline.drift.worth import Price
 from tide_pipeline.provenance import write_atomic
 from tide_pipeline.report.page import TEMPLATE
+from tide_pipeline.report.parts import clock, note, plot_box, section, table
 from tide_pipeline.report.svg import MUTED, SERIES, figure, to_svg
 
 COLUMNS = ("policy", "fired", "denied by budget", "training hours", "tokens lost", "tokens gained, assumed", "net")
+MINUTES = "%Y-%m-%d %H:%M"
 
 
 def write_backtest(path: Path, found: Backtest, price: Price) -> None:
@@ -29,8 +30,8 @@ def render(found: Backtest, price: Price) -> str:
             f"{best.net_tokens:+,.0f} tokens")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"Drift backtest of {found.target}"), headline=html.escape(line),
-        when=html.escape(f"{_clock(found.since)} to {_clock(found.until)} UTC"), body="\n".join(
-            (_section("Over time", plot(found)), _section("Policies", _table(found.outcomes) + _assumed(price)), _firings(found.outcomes))))
+        when=html.escape(f"{clock(found.since, MINUTES)} to {clock(found.until, MINUTES)} UTC"), body="\n".join(
+            (section("Over time", plot(found)), section("Policies", _table(found.outcomes) + _assumed(price)), _firings(found.outcomes))))
 
 
 def row(outcome: Outcome) -> tuple[str, ...]:
@@ -61,37 +62,23 @@ def plot(found: Backtest) -> str:
         lanes.set_yticks([-lane for lane in range(len(found.outcomes))], [outcome.policy for outcome in found.outcomes])
         lanes.set_ylim(0.6 - len(found.outcomes), 0.6)
         lanes.set_title("would have fired")
-        lanes.set_xlabel(f"hours since {_clock(found.since)} UTC")
+        lanes.set_xlabel(f"hours since {clock(found.since, MINUTES)} UTC")
         lanes.set_xlim(0, hours)
         svg = to_svg(drawing, "backtest", "First-position acceptance over time and the moments at which each policy would have fired")
-    return f'<div class="wide"><div class="plot">{svg}</div></div>'
+    return plot_box(svg)
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    rows = "".join("<tr>" + "".join(f'<td class="{"number" if i else "name"}">{html.escape(cell)}</td>' for i, cell in enumerate(row(o)))
-                   + "</tr>" for o in outcomes)
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    return table([COLUMNS[0], *(f"#{name}" for name in COLUMNS[1:])], [row(outcome) for outcome in outcomes])
 
 
 def _assumed(price: Price) -> str:
-    return (f'<p class="note">Assumed: a training takes {price.train_s:.0f} s and {price.slowdown:.0%} of serving while it runs; the '
-            f"draft it makes wins back {price.recovery:.0%} of the drop at the firing, until the workload's next firing or for "
-            f"{price.pay_back_s / 3600:.0f} h. No draft was trained for this: gains are estimates, firings are not.</p>")
+    return note(f"Assumed: a training takes {price.train_s:.0f} s and {price.slowdown:.0%} of serving while it runs; the draft it makes "
+                f"wins back {price.recovery:.0%} of the drop at the firing, until the workload's next firing or for "
+                f"{price.pay_back_s / 3600:.0f} h. No draft was trained for this: gains are estimates, firings are not.")
 
 
 def _firings(outcomes: Sequence[Outcome], most: int = 50) -> str:
     said = sorted(((f.time, o.policy, f) for o in outcomes for f in o.firings), key=lambda one: one[:2])[:most]
-    rows = "".join(f"<tr><td>{_clock(at)}</td><td>{html.escape(policy)}</td><td>{html.escape(f.workload)}</td>"
-                   f'<td>{html.escape(f.draft_version)}</td><td class="number">{f.before:.2f}</td><td class="number">{f.rate:.2f}</td></tr>'
-                   for at, policy, f in said)
-    head = "".join(f"<th>{name}</th>" for name in ("UTC", "policy", "workload", "draft", "at promotion", "when it fired"))
-    return _section(f"Firings (the first {most})", f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>') if said else ""
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
+    rows = [(clock(at, MINUTES), policy, f.workload, f.draft_version, f"{f.before:.2f}", f"{f.rate:.2f}") for at, policy, f in said]
+    return section(f"Firings (the first {most})", table(("UTC", "policy", "workload", "draft", "#at promotion", "#when it fired"), rows))

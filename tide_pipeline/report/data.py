@@ -8,6 +8,7 @@ from typing import Any
 
 from tide_pipeline.contracts import Deployment, DriftVerdict, GateVerdict
 from tide_pipeline.drift.series import Bucket
+from tide_pipeline.report.savings import Savings
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,28 @@ class Span:
     begin: float
     end: float
     label: str
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What an adaptation was launched for."""
+
+    at: float                      # Unix seconds of the first verdict that said so
+    workload: str
+    draft_version: str             # that was trained for it
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training that led to a draft, and what it cost. Lengths are acceptance lengths on held-out requests."""
+
+    draft_version: str
+    ended: float                   # Unix seconds
+    seconds: float                 # of the training devices together
+    rows: int
+    start_length: float
+    length: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,10 @@ class ReportData:
     spans: Sequence[Span] = ()                                             # training runs
     training: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)      # draft version -> points
     stages_s: Mapping[str, float] = field(default_factory=dict)            # seconds by stage, in order
-    verdicts: Sequence[DriftVerdict] = ()
+    drifts: Sequence[Drift] = ()
+    verdicts: Sequence[DriftVerdict] = ()                                  # at the end of the period
+    trainings: Sequence[Trained] = ()
+    savings: Savings | None = None
     gates: Sequence[GateVerdict] = ()
     deployments: Sequence[Deployment] = ()
     versions: Mapping[str, str] = field(default_factory=dict)              # build id -> draft version

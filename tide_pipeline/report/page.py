@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -11,11 +10,12 @@ from typing import Any
 
 from tide_pipeline.contracts import Deployment, DriftVerdict, GateVerdict
 from tide_pipeline.provenance import write_atomic
-from tide_pipeline.report.data import ReportData
+from tide_pipeline.report.data import Drift, ReportData, Trained
+from tide_pipeline.report.parts import DASH, clock, head, note, plot_box, section, table, verdict
 from tide_pipeline.report.plots import time_plot, training_plot
+from tide_pipeline.report.savings_page import in_words, savings_section
 
 TEMPLATE = Path(__file__).parent / "page.html"
-DASH = "–"
 FORMS = {"acceptance_length": "{:.2f}", "tokens_per_s": "{:,.0f}", "plain_tokens_per_s": "{:,.0f}", "speedup": "{:.2f}x",
          "speedup_fixed": "{:.2f}x", "prompts": "{:d}"}
 
@@ -27,12 +27,13 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render(data: ReportData) -> str:
     """The page's HTML."""
-    sections = [_phases(data.phases), _section("Over time", _plot(time_plot(data))), _stages(data.stages_s), _verdicts(data.verdicts),
-                _section("Training", _plot(training_plot(data.training))), _gates(data.gates),
+    sections = [_phases(data.phases), savings_section(data.savings, *_ends(data)), section("Over time", plot_box(time_plot(data))),
+                _stages(data.stages_s), _drifts(data.drifts, data.verdicts),
+                section("Training", plot_box(training_plot(data.training)) + _trainings(data.trainings)), _gates(data.gates),
                 _deployments(data.deployments, data.versions), _facts(data.facts)]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(data.title), headline=html.escape(data.headline or headline(data)), when=html.escape(_period(data)),
-        body="\n".join(section for section in sections if section))
+        body="\n".join(part for part in sections if part))
 
 
 def headline(data: ReportData) -> str:
@@ -41,7 +42,8 @@ def headline(data: ReportData) -> str:
     if not {"healthy", "shifted", "adapted"} <= worth.keys():
         tokens = sum(b.tokens_per_s * b.seconds for b in data.series)
         versions = len({b.draft_version for b in data.series} - {""})
-        return f"{tokens:,.0f} tokens served with {versions} draft version{'s' * (versions != 1)}"
+        served = f"{tokens:,.0f} tokens served with {versions} draft version{'s' * (versions != 1)}"
+        return served + (f"; {saved}" if (saved := in_words(data.savings)) else "")
     took = f", {sum(data.stages_s.values()):.0f} s after it" if data.stages_s else ""
     return (f"Speculation was worth {worth['healthy']:.2f}x before the traffic shifted, {worth['shifted']:.2f}x after the shift with the "
             f"old draft, and {worth['adapted']:.2f}x with a draft trained on the new traffic{took}.")
@@ -58,11 +60,12 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> str:
         rows.append(_phase_row(phase, str(phase.get("name", "")), str(phase.get("text", "")), "main", scale))
         rows += [_phase_row(split, str(split.get("name", "")), "", "split", scale) for split in phase.get("splits", ())
                  if split.get("name") != phase.get("text")]
-    head = _head("phase", "text", "#prompts", "#acceptance length", "#tokens/s", "#without", "#adaptive", "#against none, 95 %", "#fixed 3")
-    return _section("What speculation is worth", f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
-                    '<p class="note">One request at a time, each prompt with and without speculation in turn in the same engine. Adaptive: '
-                    'the engine chooses the draft length; fixed 3: always three draft tokens (hollow mark). Acceptance length at fixed 3, '
-                    'bonus token included.</p>')
+    columns = head("phase", "text", "#prompts", "#acceptance length", "#tokens/s", "#without", "#adaptive", "#against none, 95 %",
+                   "#fixed 3")
+    return section("What speculation is worth", f'<div class="wide"><table>{columns}{"".join(rows)}</table></div>'
+                   '<p class="note">One request at a time, each prompt with and without speculation in turn in the same engine. Adaptive: '
+                   'the engine chooses the draft length; fixed 3: always three draft tokens (hollow mark). Acceptance length at fixed 3, '
+                   'bonus token included.</p>')
 
 
 def _phase_row(row: Mapping[str, Any], name: str, text: str, kind: str, scale: tuple[float, float]) -> str:
@@ -101,23 +104,33 @@ def _stages(stages_s: Mapping[str, float]) -> str:
         rows.append(f'<span>{html.escape(name)}</span><span><i style="{place}"></i></span><b>{seconds:.1f} s</b>')
         begin += seconds
     rows.append(f'<span class="sum">from shift to new draft</span><span class="sum"></span><b class="sum">{total:.1f} s</b>')
-    return _section("The adaptation", f'<div class="stages">{"".join(rows)}</div>')
+    return section("The adaptation", f'<div class="stages">{"".join(rows)}</div>')
 
 
-def _verdicts(verdicts: Sequence[DriftVerdict]) -> str:
-    rows = [[v.workload, v.draft_version, _verdict("drifted" if v.drifted else "steady" if v.enough_data else "undecided", not v.drifted
-             if v.enough_data else None), v.reason] for v in verdicts]
-    return _table("Drift", ("workload", "draft", "verdict", "evidence"), rows)
+def _drifts(drifts: Sequence[Drift], verdicts: Sequence[DriftVerdict]) -> str:
+    """What trainings were launched for, and how each workload is judged at the end of the period."""
+    rows = [[clock(d.at), d.workload, d.draft_version, verdict("drifted", False), d.reason] for d in drifts]
+    for v in verdicts:
+        word = "drifted" if v.drifted else "steady" if v.enough_data else "undecided"
+        rows.append(["at the end", v.workload, v.draft_version, verdict(word, not v.drifted if v.enough_data else None), v.reason])
+    return section("Drift", table(("UTC", "workload", "draft", "verdict", "evidence"), rows))
+
+
+def _trainings(trainings: Sequence[Trained]) -> str:
+    rows = [[t.draft_version, clock(t.ended - t.seconds), f"{t.seconds:.0f}", f"{t.rows:,}", f"{t.start_length:.2f}", f"{t.length:.2f}"]
+            for t in trainings]
+    return table(("draft", "UTC", "#seconds", "#token rows", "#acceptance before", "#after, held-out requests"), rows) + (
+        note(f"{sum(t.seconds for t in trainings):,.0f} s of training in all.") if len(rows) > 1 else "")
 
 
 def _gates(gates: Sequence[GateVerdict]) -> str:
     rows = []
-    for verdict in gates:
-        against = f"{verdict.challenger} against {verdict.champion or 'no speculation'}"
-        for i, (name, door) in enumerate(verdict.doors.items()):
+    for found in gates:
+        against = f"{found.challenger} against {found.champion or 'no speculation'}"
+        for i, (name, door) in enumerate(found.doors.items()):
             passed = bool(door.get("passed"))
-            rows.append([against if i == 0 else "", name, _verdict("passed" if passed else "refused", passed), str(door.get("reason", ""))])
-    return _table("Gate", ("challenger", "door", "verdict", "numbers"), rows)
+            rows.append([against if i == 0 else "", name, verdict("passed" if passed else "refused", passed), str(door.get("reason", ""))])
+    return section("Gate", table(("challenger", "door", "verdict", "numbers"), rows))
 
 
 def _deployments(deployments: Sequence[Deployment], versions: Mapping[str, str]) -> str:
@@ -126,46 +139,13 @@ def _deployments(deployments: Sequence[Deployment], versions: Mapping[str, str])
         groups = {group: ", ".join(f"{tag} → {versions.get(build, build)}" for tag, build in drafts.items())
                   for group, drafts in d.groups.items()}
         served = "; ".join(f"{group}: {drafts}" for group, drafts in groups.items()) if len(groups) > 1 else "".join(groups.values())
-        rows.append([str(d.n), time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(d.created_at)), d.stage, served, d.who, d.reason])
-    return _table("Deployments", ("#n", "UTC", "stage", "drafts", "by", "reason"), rows)
+        rows.append([str(d.n), clock(d.created_at), d.stage, served, d.who, d.reason])
+    return section("Deployments", table(("#n", "UTC", "stage", "drafts", "by", "reason"), rows))
 
 
 def _facts(facts: Mapping[str, str]) -> str:
     rows = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
-    return _section("Machine and settings", f"<dl>{rows}</dl>") if rows else ""
-
-
-class _Html(str):
-    """Text that is HTML already."""
-
-
-def _verdict(word: str, good: bool | None) -> _Html:
-    return _Html(word if good is None else f'<span class="{"good" if good else "bad"}">{word}</span>')
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    number = [column.startswith("#") for column in columns]
-    lines = []
-    for row in rows:
-        cells = [cell if isinstance(cell, _Html) else html.escape(cell) for cell in row]
-        lines.append("<tr>" + "".join(f'<td{" class=number" * n}>{cell}</td>' for cell, n in zip(cells, number, strict=True)) + "</tr>")
-    return _section(title, f'<div class="wide"><table>{_head(*columns)}{"".join(lines)}</table></div>')
-
-
-def _head(*columns: str) -> str:
-    """A header row; a column that starts with # holds numbers."""
-    cells = "".join(f'<th class="number">{c[1:]}</th>' if c.startswith("#") else f"<th>{c}</th>" for c in columns)
-    return f"<thead><tr>{cells}</tr></thead>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
-
-
-def _plot(svg: str) -> str:
-    return f'<div class="wide"><div class="plot">{svg}</div></div>' if svg else ""
+    return section("Machine and settings", f"<dl>{rows}</dl>") if rows else ""
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:
@@ -176,8 +156,12 @@ def _number(row: Mapping[str, Any], key: str) -> str:
 def _period(data: ReportData) -> str:
     if not data.series and data.since is None:
         return ""
-    since = data.since if data.since is not None else min(b.time for b in data.series)
-    until = data.until if data.until is not None else max((b.time + b.seconds for b in data.series), default=since)
-    begin, end = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(t)) for t in (since, until))
+    since, until = _ends(data)
     size, unit = next(((s, u) for s, u in ((86_400, "days"), (3600, "hours"), (60, "minutes")) if until - since >= 2 * s), (1, "seconds"))
-    return f"{begin} to {end} UTC, {(until - since) / size:.1f} {unit}"
+    return f"{clock(since)} to {clock(until)} UTC, {(until - since) / size:.1f} {unit}"
+
+
+def _ends(data: ReportData) -> tuple[float, float]:
+    """Of the period as it was asked for, else of what is shown."""
+    since = data.since if data.since is not None else min((b.time for b in data.series), default=0.0)
+    return since, data.until if data.until is not None else max((b.time + b.seconds for b in data.series), default=since)

@@ -17,26 +17,38 @@ from tide_pipeline.drift.series import acceptance_series
 from tide_pipeline.errors import GateNotPassed
 from tide_pipeline.gate.run import load_report, report_file
 from tide_pipeline.provenance import birth_certificate
-from tide_pipeline.report.data import ReportData, Span
+from tide_pipeline.report.data import Drift, ReportData, Span, Trained
+from tide_pipeline.report.parts import DASH
+from tide_pipeline.report.replayed import Regimes
+from tide_pipeline.report.savings import Savings, find_savings
+from tide_pipeline.rollout.history import began_of, is_under_way, rest_of
 
 BUCKETS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
 MOST_BUCKETS = 180
 
 
-def collect(config: TideConfig, since: float, until: float | None = None) -> ReportData:
-    """What happened from `since` to `until` (Unix seconds, now by default). Raises LakeError when the log can't be read."""
+def collect(config: TideConfig, since: float, until: float | None = None, *, with_savings: bool = True) -> ReportData:
+    """What happened from `since` to `until` (Unix seconds, now by default). Savings replay captured windows: seconds to minutes.
+
+    Raises LakeError when the log can't be read.
+    """
     until = time.time() if until is None else until
     builds = list_builds(config.state.builds, config.target)
-    made = [build for build in builds if since <= build.created_at <= until]
-    births = {build.draft_version: birth for build in reversed(made) if "curve" in (birth := _birth(build))}
-    deployments = [d for d in DeploymentRecord(config.state.deployments, config.target).history() if since <= d.created_at <= until]
+    births = {build.draft_version: birth for build in reversed(builds) if (birth := _birth(build))}
+    made = {version: birth for version, birth in births.items() if since <= birth["created_at"] <= until and "curve" in birth}
+    history = [d for d in DeploymentRecord(config.state.deployments, config.target).history() if d.created_at <= until]
     versions = {build.build_id: build.draft_version for build in builds}
+    trainings, drifts = trained(made), drifts_of(config, births, since, until)
+    bucket_s, lately = bucket_of(until - since), [d for d in history if since <= d.created_at]
     return ReportData(
         title=f"tide_pipeline, target {config.target}", since=since, until=until,
-        series=acceptance_series(config, since, bucket_of(until - since), until), marks=rollout_marks(deployments, versions),
-        spans=[_training_span(version, birth) for version, birth in births.items() if _overlaps(birth, since)],
-        training={version: birth["curve"] for version, birth in births.items()}, verdicts=judge_drift(config, until),
-        gates=_gates(config, builds, since, until), deployments=deployments, versions=versions, facts=_facts(config))
+        series=acceptance_series(config, since, bucket_s, until),
+        savings=_savings(config, since, until, bucket_s, history, builds, births, trainings) if with_savings else None,
+        marks=[*rollout_marks(lately, versions), *((d.at, f"drift: {d.workload}") for d in drifts)],
+        spans=[Span(t.ended - t.seconds, t.ended, f"training {t.draft_version}") for t in trainings],
+        training={version: birth["curve"] for version, birth in made.items()}, trainings=trainings, drifts=drifts,
+        verdicts=judge_drift(config, until), gates=_gates(config, builds, since, until), deployments=lately, versions=versions,
+        facts=_facts(config))
 
 
 def bucket_of(seconds: float) -> float:
@@ -45,13 +57,40 @@ def bucket_of(seconds: float) -> float:
 
 
 def rollout_marks(deployments: Sequence[Deployment], versions: Mapping[str, str]) -> list[tuple[float, str]]:
-    """When which draft version went where."""
+    """When which draft version went where; of a rollout that has ended its end alone."""
+    ended = {d.began for d in deployments if d.began and not is_under_way(d)}
     marks = []
     for d in deployments:
-        group = d.groups.get("canary", d.groups.get("rest", {})) if d.stage in ("canary", "rolling") else d.groups.get("rest", {})
+        if is_under_way(d) and began_of(d) in ended:
+            continue
+        group = d.groups.get("canary", d.groups.get("rest", {})) if is_under_way(d) else d.groups.get("rest", {})
         names = ", ".join(sorted({versions.get(build, build) for build in group.values()}))
         marks.append((d.created_at, f"{d.stage.replace('_', ' ')}: {names}"))
     return marks
+
+
+def trained(births: Mapping[str, Mapping[str, Any]]) -> list[Trained]:
+    """What trainings cost, oldest first."""
+    found = [Trained(version, birth["created_at"], birth["train_s"] * birth.get("processes", 1), birth.get("rows", 0),
+                     birth.get("start_acceptance_length", 0.0), birth.get("acceptance_length", 0.0)) for version, birth in births.items()]
+    return sorted(found, key=lambda t: t.ended)
+
+
+def drifts_of(config: TideConfig, births: Mapping[str, Mapping[str, Any]], since: float, until: float) -> list[Drift]:
+    """What drafts were trained for, from the folders of their adaptations, oldest first."""
+    version_of = {birth.get("digest"): version for version, birth in births.items()}
+    found = []
+    for file in config.state.training.glob("*/request.json"):
+        try:
+            asked = json.loads(file.read_text())
+            at = asked["focus_since"] + config.drift.recent_s      # an episode's windows begin so long before its first verdict
+            done = file.parent / "draft" / "checkpoint.json"
+            digest = json.loads(done.read_text())["digest"] if done.exists() else ""
+            if since <= at <= until:
+                found.append(Drift(at, asked["workload"], version_of.get(digest, DASH), asked["reason"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda d: d.at)
 
 
 def _birth(build: EngineBuild) -> dict[str, Any]:
@@ -63,12 +102,18 @@ def _birth(build: EngineBuild) -> dict[str, Any]:
     return found if "created_at" in found and "train_s" in found else {}
 
 
-def _training_span(version: str, birth: Mapping[str, Any]) -> Span:
-    return Span(birth["created_at"] - birth["train_s"], birth["created_at"], f"training {version}")
-
-
-def _overlaps(birth: Mapping[str, Any], since: float) -> bool:
-    return bool(birth["created_at"] > since)
+def _savings(config: TideConfig, since: float, until: float, bucket_s: float, history: Sequence[Deployment], builds: Sequence[EngineBuild],
+             births: Mapping[str, Mapping[str, Any]], trainings: Sequence[Trained]) -> Savings | None:
+    drafts = {build.draft_version: Path(build.path) / "draft" for build in builds}
+    by_id = {build.build_id: build.draft_version for build in builds}
+    first = next(iter(rest_of(history[0]).values()), "") if history else ""
+    starts: dict[str, list[float]] = {}
+    for birth in births.values():
+        if birth.get("focus_since", 0.0) > 0:
+            starts.setdefault(birth.get("workload", ""), []).append(birth["focus_since"])
+    return find_savings(config, since, until, bucket_s, static=by_id.get(first, ""), drafts=drafts,
+                        regimes=Regimes({workload: sorted(set(times)) for workload, times in starts.items()}),
+                        training=[(t.ended, t.seconds) for t in trainings])
 
 
 def _gates(config: TideConfig, builds: Sequence[EngineBuild], since: float, until: float) -> list[GateVerdict]:

@@ -20,6 +20,7 @@ TICKS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600,
 LABEL_WIDTH = 0.0068               # of the time axis, a character of a mark's label
 NEAR = 0.02                        # of the time axis: marks that share a label
 SMOOTH = 5                         # buckets a line is averaged over
+FEW_VERSIONS = 4                   # more of them are called by their number alone
 FIRST_MINUTES = 3600.0             # shorter periods count from their beginning, longer ones show the clock
 
 
@@ -55,7 +56,7 @@ def time_plot(data: ReportData) -> str:
         for span in data.spans:
             top.annotate(span.label, (max(span.begin, since) - since, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0),
                          textcoords="offset points", color=MUTED, fontsize=9)
-        _time_axis(low, since, until)
+        time_axis(low, since, until)
         return to_svg(drawing, "time", "Acceptance length, first-position acceptance and tokens per second over time")
 
 
@@ -127,7 +128,8 @@ def smoothed(buckets: Sequence[Bucket], name: str) -> list[float]:
 
 def _lines(axes: Axes, series: Sequence[Bucket], name: str, colours: Mapping[str, str], since: float, *, label: bool = True) -> None:
     """Buckets as points, their running mean as a line, the draft version beside it."""
-    has_workloads = len({b.workload for b in series}) > 1
+    has_workloads, has_many = len({b.workload for b in series}) > 1, len({b.draft_version for b in series}) > FEW_VERSIONS
+
     def line_of(bucket: Bucket) -> tuple[str, str]:
         return bucket.draft_version, bucket.workload
 
@@ -141,7 +143,8 @@ def _lines(axes: Axes, series: Sequence[Bucket], name: str, colours: Mapping[str
         axes.plot(np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan), color=colours[version])
         if label:
             highest = max(getattr(b, name) for b in buckets[:max(1, len(buckets) // 2)])
-            axes.annotate(f"{version} · {workload}" if has_workloads else version, (x[0], highest), xytext=(3, 4),
+            name_of_it = version.partition("-")[0] if has_many else version
+            axes.annotate(f"{name_of_it} · {workload}" if has_workloads else name_of_it, (x[0], highest), xytext=(3, 4),
                           textcoords="offset points", color=colours[version], fontsize=10, fontweight="bold")
 
 
@@ -168,7 +171,8 @@ def _labels(axes: Axes, lanes: Sequence[Sequence[tuple[float, str, bool]]], sinc
                           bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}, zorder=3, **foot)
 
 
-def _time_axis(axes: Axes, since: float, until: float) -> None:
+def time_axis(axes: Axes, since: float, until: float) -> None:
+    """Minutes of a short period, the clock of a longer one; x counts seconds since its beginning."""
     span = until - since
     is_short, is_long = span <= FIRST_MINUTES, span > 2 * DAY_S
     step = next((s for s in TICKS_S if span / s <= 10 and (s >= DAY_S or not is_long)), TICKS_S[-1])
