@@ -14,6 +14,7 @@ TideError
 ├── TrainingFailed           training stopped: NaN, exploding loss, no time left
 ├── RegistryError            MLflow refused, is away, or gave back other bytes
 ├── BuildError               a build is missing, incomplete or altered
+│   ├── DigestMismatch       its bytes are not those that were recorded
 │   └── RestartNeeded        it is whole, and only a new server can serve it
 ├── DeploymentConflict       somebody else wrote the deployment record first
 ├── RolloutRefused           pinned, held, or no replica to watch: the record stays as it is
@@ -67,6 +68,9 @@ class RegistryError(TideError): ...
 
 
 class BuildError(TideError): ...
+
+
+class DigestMismatch(BuildError): ...
 
 
 class RestartNeeded(BuildError): ...
