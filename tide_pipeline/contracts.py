@@ -308,6 +308,7 @@ class Deployment:
     workload: str = ""                   # the tag whose draft the rollout changes; "" where there is none
     began: int = 0                       # number of the record that opened the rollout this one belongs to; 0 where there is none
     hold: str = ""                       # "paused": the rollout waits; "pinned": no rollout may begin
+    first_position: float = 0.0          # accepted first draft tokens of the rollout's draft in the gate; 0 where none was asked
 
     def drafts_for(self, replica: str) -> dict[str, str]:
         """Workload tag -> build id that `replica` should serve."""

@@ -15,6 +15,7 @@ TideError
 ├── RegistryError            MLflow refused, or gave back other bytes
 │   └── RegistryAway         it does not answer, or not now: later may do
 ├── BuildError               a build is missing, incomplete or altered
+│   ├── DigestMismatch       its bytes are not those that were recorded
 │   └── RestartNeeded        it is whole, and only a new server can serve it
 ├── DeploymentConflict       somebody else wrote the deployment record first
 ├── RolloutRefused           pinned, held, or no replica to watch: the record stays as it is
@@ -71,6 +72,9 @@ class RegistryAway(RegistryError): ...
 
 
 class BuildError(TideError): ...
+
+
+class DigestMismatch(BuildError): ...
 
 
 class RestartNeeded(BuildError): ...

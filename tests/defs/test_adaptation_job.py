@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def rollback_job() -> dg.JobDefinition:
 def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
         config: TideConfig, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDE_MLFLOW_URI", "http://127.0.0.1:9")
-    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code", "reason": "acceptance fell"}}}}
+    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code", "reason": "acceptance fell", "drifted_at": time.time() - 30}}}}
     with dg.execute_job(dg.reconstructable(job), instance, run_config=asked) as failed:
         assert not failed.success and [event.asset_key.to_user_string() for event in failed.get_asset_materialization_events()] == ORDER[:1]
     monkeypatch.delenv("TIDE_MLFLOW_URI")
@@ -97,6 +98,10 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     assert draft.tags["workload"] == "code" and draft.tags["dagster_run_id"] == failed.run_id
     numbers = {event.asset_key.to_user_string(): event.materialization.metadata for event in done.get_asset_materialization_events()}
     assert numbers["benchmark_report"]["acceptance_length"].value >= 1.0 and numbers["benchmark_report"]["mismatches"].value == 0
+    stages = json.loads((config.state.training / failed.run_id / "stages.json").read_text())
+    assert list(stages) == ["collect", "start", "train", "register", "build", "gate", "bake", "roll out"]
+    assert 30 <= stages["collect"] < 60 and stages["train"] > 0 and stages["bake"] > 0
+    assert numbers["live_draft"]["train_s"].value == stages["train"] and numbers["live_draft"]["roll_out_s"].value == stages["roll out"]
 
 
 def test_a_refused_draft_is_not_rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> None:

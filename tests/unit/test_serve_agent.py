@@ -131,6 +131,7 @@ def test_a_bad_build_changes_nothing_but_the_report(place: Place, replica: Repli
     assert replica.versions() == {"*": "v1"} and says in replica.agent.error
     report = replica.agent.report()
     assert report.deployment == 1 and report.drafts == {"*": good.build_id} and says in report.error
+    assert (replica.agent.desired, replica.agent.digest_mismatches) == (2, 1 if harm is altered else 0)
     place.deploy({"*": good.build_id})                      # rolled back: no pause, and the error is gone
     replica.agent.poll()
     assert replica.agent.error == "" and replica.agent.report().deployment == 3

@@ -5,6 +5,7 @@
     registered.json   the version MLflow gave it
     fetched/          its bytes as the registry gave them back
     build.json        the engine build; its verdict lies under reports/gate/
+    marks.json        when each stage ended; stages.json: the seconds that each took, once the draft is live
 
 A re-execution from failure in Dagster shares the root run id, so it finds what the first attempt finished.
 """
@@ -33,6 +34,7 @@ class Request:
     workload: str
     reason: str = ""
     focus_since: float = 0.0       # Unix seconds; 0 = every window of the workload counts
+    drifted_at: float = 0.0        # when it was judged drifted; 0 where a person asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,19 @@ class Adaptation:
                              "a step alone has nothing to begin with") from error
         except (ValueError, TypeError) as error:
             raise BuildError(f"{file} can't be read ({error}): remove {self.folder} and launch adapt_draft again") from error
+
+    def mark(self, **times: float) -> None:
+        """Remember when a stage was reached (Unix seconds); the later of two attempts counts."""
+        write_json(self.folder / "marks.json", {**self.marks(), **times})
+
+    def marks(self) -> dict[str, float]:
+        try:
+            return {str(stage): float(at) for stage, at in json.loads((self.folder / "marks.json").read_text()).items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):     # figures for people: nothing fails for them
+            return {}
+
+    def save_stages(self, seconds: dict[str, float]) -> None:
+        write_json(self.folder / "stages.json", seconds)
 
     def request(self) -> Request:
         return self.load(Request, "request")

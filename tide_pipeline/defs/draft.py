@@ -1,6 +1,7 @@
 """From captured windows to an engine build: train, register, build. Each asset makes one call into the core."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ import dagster as dg
 
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
 from tide_pipeline.defs.lake import GROUP, signal_windows
+from tide_pipeline.defs.meanwhile import importing
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.split import ASKED, BEGUN, BUILT, DRIFTED, REGISTERED, TRAINED
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
@@ -31,6 +34,7 @@ class AdaptConfig(dg.Config):
     workload: str = "default"
     reason: str = ""
     focus_since: float = 0.0               # Unix seconds since which windows count as the drifted traffic; 0 = all of the workload
+    drifted_at: float = 0.0                # when it was judged drifted, for the time that the adaptation took
 
 
 @dg.asset(deps=[signal_windows], group_name=GROUP, kinds={"pytorch"}, owners=["team:inference"], pool=TRAIN_POOL)
@@ -42,12 +46,15 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     """
     settings = tide.settings()
     adaptation = adaptation_of(context, tide)
-    adaptation.save("request", Request(config.workload, config.reason, config.focus_since))
+    adaptation.save("request", Request(config.workload, config.reason, config.focus_since, config.drifted_at))
+    adaptation.mark(**({DRIFTED: config.drifted_at} if config.drifted_at else {}), **{ASKED: asked_at(context), BEGUN: time.time()})
     command = training_command(adaptation, served_build(settings, config.workload))
     try:
-        done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
+        with importing():
+            done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
     except DagsterPipesExecutionError as error:
         raise after_a_failed_training(error, last_words_of(context.instance, context.run.run_id)) from error
+    adaptation.mark(**{TRAINED: time.time()})
     return done.get_materialize_result()
 
 
@@ -62,6 +69,7 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
     with waiting_for_mlflow():
         draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
+    adaptation.mark(**{REGISTERED: time.time()})
     return dg.MaterializeResult(metadata={"version": draft.version, "draft_version": draft.draft_version, "digest": draft.digest,
                                           "mlflow_run_id": draft.run_id, "acceptance_length": checkpoint.acceptance_length})
 
@@ -87,6 +95,7 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
         fetched = fetch_or_refuse(registry, draft, adaptation)
     build = build_engine(settings, fetched, draft.draft_version)
     adaptation.save("build", build)
+    adaptation.mark(**{BUILT: time.time()})
     return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version,
                                           "path": dg.MetadataValue.path(build.path), **build.warmup})
 
@@ -120,6 +129,12 @@ def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: 
     except RegistryError as error:
         answer_request(registry, draft.version, f"refused: {error}")
         raise
+
+
+def asked_at(context: dg.AssetExecutionContext) -> float:
+    """When the run was put into Dagster's queue (Unix seconds)."""
+    record = context.instance.get_run_record_by_id(context.run.run_id)
+    return record.create_timestamp.timestamp() if record is not None else time.time()
 
 
 def adaptation_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, tide: TideResource) -> Adaptation:

@@ -14,7 +14,7 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.budget import why_too_much
 from tide_pipeline.defs.draft import AdaptConfig
 from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
-from tide_pipeline.defs.jobs import ATTEMPT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
+from tide_pipeline.defs.jobs import ATTEMPT, DRIFTED_AT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
 from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.resources import TideResource
 
@@ -126,8 +126,10 @@ def _busy(running: dg.DagsterRun) -> str:
 
 
 def _request(config: TideConfig, verdict: DriftVerdict, episode: Episode) -> dg.RunRequest:
-    asked = AdaptConfig(workload=verdict.workload, reason=verdict.reason, focus_since=episode.since)
+    drifted_at = episode.since + config.drift.recent_s
+    asked = AdaptConfig(workload=verdict.workload, reason=verdict.reason, focus_since=episode.since, drifted_at=drifted_at)
     return dg.RunRequest(
         run_key=run_key(verdict, episode), run_config=dg.RunConfig(ops={"draft_checkpoint": asked}),
         tags={TARGET: config.target, WORKLOAD: verdict.workload, REASON: verdict.reason, EPISODE: str(episode.number),
-              ATTEMPT: str(episode.attempts), MAX_RUNTIME: str(int(600 + 4 * config.training.time_budget_s))})
+              DRIFTED_AT: f"{drifted_at:.1f}", ATTEMPT: str(episode.attempts),
+              MAX_RUNTIME: str(int(600 + 4 * config.training.time_budget_s))})

@@ -10,6 +10,7 @@ from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.deployment.record import DeploymentRecord
 
 TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
+DRIFTED_AT = "tide/drifted_at"             # Unix seconds of the verdict
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
 ONE_AT_A_TIME = "tide/adapts"              # dagster.yaml lets one run with this tag go and queues the others
 # A run whose worker was killed is run again from the step that was cut off (dagster.yaml: not one whose step failed).

@@ -1,5 +1,6 @@
 """From an engine build to live traffic: benchmark, verdict, rollout. The check is the gate's face; rollout asks the gate again."""
 
+import time
 from collections.abc import Iterator
 
 import dagster as dg
@@ -10,6 +11,8 @@ from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, draft_engine
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.split import JUDGED, split, without_waiting
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 
 
@@ -23,6 +26,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
     report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
                       focus_since=asked.focus_since)
     tell_registry(context, settings, adaptation, report.verdict)
+    adaptation.mark(**{JUDGED: time.time()})
     paired, new = report.paired, report.challenger_bench
     return dg.MaterializeResult(metadata={
         "passed": report.verdict.passed, "acceptance_length": paired.challenger, "champion_acceptance_length": paired.champion,
@@ -62,22 +66,27 @@ def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterato
         context.log.info(f"deployment {proposed.n} proposes {build.draft_version}: launch the job approve_rollout, or leave it")
         return
     deployment = promote(settings, build, verdict, workload=key, who=who, reason=reason, progress=context.log.info)
-    yield served(context.log, settings, deployment, build, key)
+    yield served(context.log, settings, deployment, build, key, adaptation)
 
 
-def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployment, build: EngineBuild, key: str) -> dg.MaterializeResult:
+def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployment, build: EngineBuild, key: str,
+           adaptation: Adaptation) -> dg.MaterializeResult:
     """The end of a rollout as an event, or a failure that tells why the draft was rolled back."""
     from tide_pipeline.registry.registry import open_registry
     from tide_pipeline.rollout.alias import follow_alias
 
     if deployment.groups["rest"].get(key) != build.build_id:
         raise dg.Failure(f"deployment {deployment.n} does not serve it: {deployment.reason}", allow_retries=False)
+    stages = split(adaptation.marks(), DeploymentRecord(settings.state.deployments, settings.target).history(), deployment)
+    adaptation.save_stages(stages)
     try:
         log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
     except (RegistryError, BuildError) as error:           # the rollout is over; alias_sensor looks every 30 s
         log.warning(f"aliases were not moved, the sensor will: {error}")
     return dg.MaterializeResult(asset_key="live_draft", metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
-                                                                  "draft_version": build.draft_version, "reason": deployment.reason})
+                                                                  "draft_version": build.draft_version, "reason": deployment.reason,
+                                                                  **{f"{stage.replace(' ', '_')}_s": s for stage, s in stages.items()},
+                                                                  "without_collect_train_bake_s": without_waiting(stages)})
 
 
 def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from tide_pipeline.contracts import EngineBuild, from_dict
-from tide_pipeline.errors import BuildError
+from tide_pipeline.errors import BuildError, DigestMismatch
 from tide_pipeline.provenance import digest_file, digest_files, write_json
 
 DRAFT_FILES = ("config.json", "model.safetensors")
@@ -44,18 +44,21 @@ def read_build(builds: Path, target: str, build_id: str) -> EngineBuild:
 
 
 def load_build(builds: Path, target: str, build_id: str) -> EngineBuild:
-    """Read a build and verify its draft's bytes, and those of every certified file, against the recorded digests. Raises BuildError."""
+    """Read a build and verify its draft's bytes, and those of every certified file, against the recorded digests.
+
+    Raises BuildError; DigestMismatch where it is whole and other bytes than were recorded.
+    """
     build = read_build(builds, target, build_id)
     try:
         found = digest_files({name: Path(build.path) / "draft" / name for name in DRAFT_FILES})
     except FileNotFoundError as error:
         raise _missing(build_id, target, error) from error
     if found != build.draft_digest:
-        raise BuildError(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
-                         "make it again with `tide build`")
+        raise DigestMismatch(f"build {build_id}: its draft was altered (digest {found[:12]}, recorded {build.draft_digest[:12]}): "
+                             "make it again with `tide build`")
     if altered := _altered(Path(build.path), build.backend):
-        raise BuildError(f"build {build_id}: {altered} is missing or was altered since it was built: change engine.toml or the settings "
-                         "instead, and make it again with `tide build`")
+        raise DigestMismatch(f"build {build_id}: {altered} is missing or was altered since it was built: change engine.toml or the "
+                             "settings instead, and make it again with `tide build`")
     return build
 
 

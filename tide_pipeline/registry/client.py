@@ -25,14 +25,20 @@ ENVIRONMENT = {
 }
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client; importing MLflow takes seconds, so it happens here. Nothing is sent yet for an HTTP server."""
+def load_mlflow() -> type[MlflowClient]:
+    """Importing it takes seconds: whoever can, does it before it is needed."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with talking(uri, "opened"):
-        from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient
 
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return MlflowClient
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client. Nothing is sent yet for an HTTP server."""
+    made = load_mlflow()
+    with talking(uri, "opened"):
+        return made(tracking_uri=uri, registry_uri=uri)
 
 
 @contextlib.contextmanager

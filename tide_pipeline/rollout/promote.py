@@ -58,6 +58,7 @@ class Promotion:
     workload: str
     who: str
     reason: str
+    first_position: float          # in the gate
 
 
 def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str, reason: str,
@@ -70,7 +71,7 @@ def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
         DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
     check_verdict(config, build, verdict)
-    wanted = Promotion(build, workload, who, reason)
+    wanted = Promotion(build, workload, who, reason, _first_position(verdict))
     begun = decide_and_append(_record(config), lambda latest: _open(config, latest, wanted))
     if not is_under_way(begun):                                        # served already, or nobody there to watch
         return begun
@@ -89,7 +90,8 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
         if latest is not None and (is_proposed or _is_served(latest, workload, build.build_id)):
             return latest
         return opened(latest, config.target, workload, build.build_id, (), who,
-                      f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it")
+                      f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it",
+                      _first_position(verdict))
 
     return decide_and_append(_record(config), decide)
 
@@ -122,12 +124,12 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
     if live:
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
         return opened(latest, config.target, workload, build.build_id, canaries, wanted.who,
-                      f"{title}: canary on {', '.join(canaries)} of {len(live)}")
+                      f"{title}: canary on {', '.join(canaries)} of {len(live)}", wanted.first_position)
     if read_observed(config.state.observed, config.target):
         raise RolloutRefused(f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: "
                              "nobody could be watched, look at `tide status`")
     return following(latest, config.target, {"rest": {**rest_of(latest), workload: build.build_id}}, (), STABLE, wanted.who,
-                     f"{title}: no replica was live, so nothing was watched")
+                     f"{title}: no replica was live, so nothing was watched", workload=workload, first_position=wanted.first_position)
 
 
 def _refuse_if_held(latest: Deployment | None) -> None:
@@ -140,6 +142,11 @@ def _refuse_if_held(latest: Deployment | None) -> None:
 
 def _is_served(latest: Deployment | None, workload: str, build_id: str) -> bool:
     return rest_of(latest).get(workload) == build_id and not is_under_way(latest)
+
+
+def _first_position(verdict: GateVerdict) -> float:
+    """What the draft's acceptance may be held against once it is live; 0 where the gate did not say."""
+    return float(verdict.doors["offline"].get("challenger_first_position") or 0.0)
 
 
 def _brings(latest: Deployment, workload: str, build_id: str) -> bool:

@@ -6,6 +6,7 @@ report's `error`; it is tried again after a pause, and at once when the record m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -18,8 +19,9 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, ObservedState
 from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord, read_replica, write_observed
+from tide_pipeline.deployment.since import Since, served_since
 from tide_pipeline.engine.protocol import Engine
-from tide_pipeline.errors import RestartNeeded
+from tide_pipeline.errors import DigestMismatch, RestartNeeded
 from tide_pipeline.serve.tally import Counts, Recent, TallySink
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ class DraftAgent:
         self._serving: dict[str, EngineBuild] = {}
         self._failed, self._retry_at = 0, 0.0      # number of the deployment that could not be served
         self._needs_restart = 0                    # number of a deployment that this process can't change to
+        self.since: dict[str, Since] = {}          # of what is served, by workload tag
+        self.desired = 0                           # number of the latest deployment that was seen
+        self.digest_mismatches = 0                 # builds refused for other bytes than were recorded, each attempt counted
         self.error = ""
         self._recent = Recent(tally, RECENT_S, time.monotonic())
         self._stop = threading.Event()
@@ -60,6 +65,7 @@ class DraftAgent:
         except Exception as error:                 # shared storage away, or a record that can't be read
             self._note(f"the deployment record can't be read ({type(error).__name__}: {error})")
             return False
+        self.desired = desired.n if desired is not None else 0
         if desired is None or desired.n == self._applied:
             self.error = ""
             return False
@@ -75,9 +81,12 @@ class DraftAgent:
             return False
         except Exception as error:                 # whatever a build brings, serving goes on with what it has
             self._failed, self._retry_at = desired.n, time.monotonic() + RETRY_S
+            self.digest_mismatches += isinstance(error, DigestMismatch)
             self._note(f"deployment {desired.n} is not served ({type(error).__name__}: {error})")
             return False
         self._applied, self._needs_restart, self.error = desired.n, 0, ""
+        with contextlib.suppress(OSError, ValueError, TypeError):      # a figure for people: an old record that is gone stops nothing
+            self.since = served_since(self._record, desired, self.replica)
         return swapped
 
     def report(self) -> ObservedState:

@@ -79,7 +79,11 @@ class MetricsPublisher:
         self._positions = series("tide_position_acceptance_rate", "Share of draft tokens at a position (1 is the first) that were accepted")
         self._tokens_per_s = series("tide_tokens_per_s", "Output tokens per second after the first of each request")
         self._draft_info = series("tide_draft_info", "1 for each draft being served, by workload tag")
+        self._deployed_at = series("tide_draft_deployed_timestamp_seconds", "When the draft's deployment was written, Unix time")
+        self._promised = series("tide_draft_promoted_first_position_rate", "tide_first_position_rate that the gate found before promotion")
         self._deployment = series("tide_deployment", "Number of the deployment record being served")
+        self._desired = series("tide_deployment_desired", "Number of the latest deployment record")
+        self._mismatches = series("tide_digest_mismatches_total", "Builds refused because their bytes are not those recorded, per attempt")
         self._agent_error = series("tide_draft_agent_error", "1 while the draft agent can't do what the record says")
 
     def publish(self) -> None:
@@ -111,9 +115,15 @@ class MetricsPublisher:
             self._first_position.put(counts.first_position_rate, draft_version=version)
             for position, rate in enumerate(counts.position_rates, 1):
                 self._positions.put(rate, draft_version=version, position=str(position))
+        since = self._agent.since
         for tag, version in stats.drafts.items():
             self._draft_info.put(1, workload=tag, draft_version=version)
-        for series in (self._acceptance_length, self._first_position, self._positions, self._draft_info):
+            if tag in since:
+                self._deployed_at.put(since[tag].at, workload=tag, draft_version=version)
+                self._promised.put(since[tag].first_position, workload=tag, draft_version=version)
+        for series in (self._acceptance_length, self._first_position, self._positions, self._draft_info, self._deployed_at, self._promised):
             series.clear_others("draft_version", served)
         self._deployment.put(self._agent.applied)
+        self._desired.put(self._agent.desired)
+        self._mismatches.put(self._agent.digest_mismatches)
         self._agent_error.put(1 if self._agent.error else 0)

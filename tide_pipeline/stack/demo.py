@@ -36,6 +36,7 @@ from tide_pipeline.stack.local import LocalStack, down
 from tide_pipeline.stack.measure import PhaseMeasurement, measure_phase
 from tide_pipeline.stack.outcome import DemoOutcome, print_outcome, report_of
 from tide_pipeline.stack.runs import RunView, runs_of
+from tide_pipeline.stack.stages import detection_of, stages_of
 from tide_pipeline.stack.traffic import Traffic, TrafficDefaults
 from tide_pipeline.stack.view import ViewState, render
 from tide_pipeline.workloads.prompts import Prompt, domain_prompts
@@ -107,7 +108,7 @@ class Demo:
         self._phase(f"shifted: {plan.healthy} → {plan.shifted}")
         self._measure("shifted", shifted[:n])
         self._until_launched(shifted[2 * n :])
-        self.stages_s["detect and collect"] = (self.run.created if self.run else time.time()) - shifted_at
+        self.stages_s |= detection_of(self.run, shifted_at)
         self._phase("adapting")
         self._until_adapted(shifted[2 * n :])
         self._phase("adapted")
@@ -195,6 +196,7 @@ class Demo:
         version = self._observed_version()
         if deployed is None or not version.startswith("v"):
             raise StageFailed(f"roll out: the run succeeded, but the replica serves {version}")
+        self.stages_s |= stages_of(self.run, self.config.state.training)
         self.marks.append((deployed.created_at, f"{version} live"))
         self.say(f"  live: {version} (deployment {deployed.n}: {deployed.reason})")
 

@@ -1,0 +1,65 @@
+"""Seconds of each stage from the times that the steps and the deployment record leave behind; imports that happen meanwhile."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tide_pipeline.contracts import Deployment
+from tide_pipeline.defs.adaptation import Adaptation
+from tide_pipeline.defs.meanwhile import importing
+from tide_pipeline.defs.split import split, without_waiting
+
+MARKS = {"drifted": 100.0, "asked": 130.0, "begun": 133.0, "trained": 200.0, "registered": 202.0, "built": 203.5, "judged": 210.0}
+
+
+def deployment(n: int, stage: str, at: float, began: int) -> Deployment:
+    return Deployment(n, "tiny", {"rest": {}}, (), stage, "me", "", at, "*", began)
+
+
+ROLLOUT = [deployment(1, "stable", 1.0, 0), deployment(2, "canary", 210.5, 2), deployment(3, "rolling", 217.0, 2),
+           deployment(4, "rolling", 219.5, 2), deployment(5, "stable", 222.0, 2), deployment(6, "canary", 900.0, 6)]
+
+
+def test_every_second_is_in_one_stage() -> None:
+    found = split(MARKS, ROLLOUT, ROLLOUT[4])
+    assert found == {"collect": 30.0, "start": 3.0, "train": 67.0, "register": 2.0, "build": 1.5, "gate": 6.5, "bake": 6.5, "roll out": 5.5}
+    assert sum(found.values()) == ROLLOUT[4].created_at - MARKS["drifted"] and without_waiting(found) == 18.5
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    by_hand = {stage: at for stage, at in MARKS.items() if stage not in ("drifted", "registered")}
+    assert list(split(by_hand, ROLLOUT, ROLLOUT[4])) == ["start", "train", "gate", "bake", "roll out"]
+    unwatched = deployment(2, "stable", 211.0, 0)
+    at_once = split(MARKS, [ROLLOUT[0], unwatched], unwatched)
+    assert (at_once["bake"], at_once["roll out"]) == (0.0, 1.0)
+    served_before = split(MARKS, ROLLOUT[:1], ROLLOUT[0])
+    assert served_before["roll out"] == 0.0, "nothing was rolled out"
+
+
+def test_marks_outlive_the_step_and_break_nothing(tmp_path: Path) -> None:
+    adaptation = Adaptation(tmp_path / "run")
+    assert adaptation.marks() == {}
+    adaptation.mark(asked=1.0, begun=2.0)
+    adaptation.mark(begun=3.0)
+    assert adaptation.marks() == {"asked": 1.0, "begun": 3.0}
+    (tmp_path / "run" / "marks.json").write_text("[")
+    assert adaptation.marks() == {}
+
+
+def test_modules_are_imported_meanwhile_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("tide_test_one", "tide_test_two", "tide_test_three"):
+        (tmp_path / f"{name}.py").write_text("")
+    with importing(["tide_test_one", "there_is_no_such_module", "tide_test_two"], after_s=0.0):
+        gives_up = time.monotonic() + 60
+        while "tide_test_one" not in sys.modules:
+            assert time.monotonic() < gives_up
+            time.sleep(0.05)
+    with importing(["tide_test_three"], after_s=0.3):
+        pass
+    time.sleep(0.5)
+    assert "tide_test_three" not in sys.modules, "the block ended sooner"
