@@ -29,7 +29,7 @@ def render(line: str, into: Path) -> Path:
     config = override(recipes.load("qwen3-8b/h100+l40s"), {"serve": {"trtllm": line}})
     spec, config = load_engine_spec(config.engine_dir), override(config, {"engines_dir": "/opt/tide/engines"})
     return render_model_repository(config, into, replica="replica-0", config_file=BUILD / "settings.toml",
-                                   model_yaml=trtllm.model_yaml(config, spec, BUILD / "draft"))
+                                   model_yaml=trtllm.model_yaml(config, spec, BUILD / "draft", {}))
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -1,16 +1,20 @@
-"""The real Triton server on the TensorRT-LLM backend, with the stand-in on PYTHONPATH: what clients of the embedded engine see, the lake,
-and a rollout in which a new server takes over."""
+"""The real Triton server on the TensorRT-LLM backend, with the stand-in on PYTHONPATH: what clients of the embedded engine see, on the
+repository that `tide build` rendered; the lake; and a rollout in which a new server takes over, beside the old one or in its place."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tests.built import BuiltReplica
 from tests.helpers import ask
 from tests.integration.test_rollout import passed
 from tests.integration.test_triton import (  # noqa: F401 the same tests, of this module's server
@@ -35,15 +39,17 @@ from tests.serving import Place, plain_text, until, value
 from tests.trtllm import KnownNetwork, write_trtllm_place
 from tests.trtllm_stand_in import write_stand_in
 from tide_pipeline.capture.reader import list_windows, read_states
-from tide_pipeline.contracts import GenerationRequest
+from tide_pipeline.cli import app
+from tide_pipeline.contracts import EngineBuild, GenerationRequest, from_dict
 from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.engine.text import TextCodec
+from tide_pipeline.errors import InvalidRequest
 from tide_pipeline.rollout.promote import promote
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.serve.process import group_members
 from tide_pipeline.serve.triton import TritonReplica
 
-SERVE = {"serve": {"max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2},
+SERVE = {"serve": {"gpu": "h100", "max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2},
          "capture": {"mode": "on", "flush_s": 0.2}, "rollout": {"bake_s": 1.0, "min_bake_steps": 10, "max_bake_s": 240.0}}
 
 
@@ -65,13 +71,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def replica(place: Place, on_path: None) -> Iterator[TritonReplica]:
     """Without a deployment record, so without a draft."""
-    with TritonReplica(place.config, place.config_file) as running:
+    with BuiltReplica(place, tide_build(place)) as running:
         yield running
+
+
+def tide_build(place: Place, *words: str) -> EngineBuild:
+    """By the command, of a draft in a folder."""
+    draft = Path(place.build(f"v{len(words)}-for-its-draft").path) / "draft"
+    done = CliRunner().invoke(app, ["build", "--config", str(place.config_file), "--backend", "trtllm", "--trtllm", "1.3", "--json",
+                                    "--draft", str(draft), *words])
+    assert done.exit_code == 0, done.stderr
+    return from_dict(EngineBuild, json.loads(done.stdout))
 
 
 @pytest.fixture
 def client(replica: TritonReplica) -> TritonClient:
     return replica.client
+
+
+def test_a_built_repository_serves_its_draft_by_its_schedule(tmp_path: Path, on_path: None) -> None:
+    """What the record names is the build itself; model.yaml and the server agree on the lengths."""
+    place = write_trtllm_place(tmp_path, "1.3", SERVE)
+    build = tide_build(place, "--set", "speculation.draft_schedule=[[2, 3], [8, 1]]")
+    assert "draft_len_schedule:\n    2: 3\n    8: 1\n" in (Path(build.path) / "model_repository" / "tiny" / "1" / "model.yaml").read_text()
+    place.deploy({"*": build.build_id})
+    request = ask("built", "hello world", max_tokens=24, ignore_eos=True)
+    with BuiltReplica(place, build) as replica:
+        result = replica.client.generate(request)
+        with pytest.raises(InvalidRequest, match="its schedule decides by batch size"):
+            replica.client.generate(replace(request, request_id="fixed", speculation="3"))
+    assert result.text == plain_text(place, request) and result.draft_version == build.draft_version and result.drafted > 0
 
 
 def test_states_reach_the_lake_bit_for_bit(tmp_path: Path, on_path: None) -> None:

@@ -19,7 +19,7 @@ BODIES = {
     "LLM.generate_async": "return super().generate_async(inputs, sampling_params, streaming=streaming)",
     "LLM.get_stats_async": "return super().get_stats_async(timeout)",
     "LLM.shutdown": "super().shutdown()",
-    "LLM._collective_rpc": "return super().collective_rpc(method, args, kwargs)",
+    "LLM._collective_rpc": "return super().collective_rpc(method, args, kwargs, unique_reply_rank)",
     "Eagle3OneModelSpecMetadata.__post_init__": "metadata.post_init(self)",
     "Eagle3OneModelSpecMetadata.prepare": "metadata.prepare(self)",
     "PyTorchModelEngine.forward": "return super().run({first})",

@@ -107,6 +107,12 @@ def test_a_schedule_means_the_same_on_every_line(spec: EngineSpec, config: TideC
         assert upto[min(k for k in upto if k >= batch)] == since[max(k for k in since if k <= batch)]
 
 
+def test_a_schedule_that_begins_with_less_is_what_is_drafted_at_most(spec: EngineSpec, config: TideConfig) -> None:
+    """NVIDIA's validator: the length at the smallest key must be max_draft_len."""
+    found = llm_arguments(spec, config, load_table("1.3"), draft="d", schedule={4: 2, 8: 1})["speculative_config"]
+    assert (found["max_draft_len"], found["draft_len_schedule"]) == (2, {4: 2, 8: 1})
+
+
 @pytest.mark.parametrize(("schedule", "message"), [
     ({4: 3}, r"ends before serve.max_batch = 8.*Add 8: 1"), ({}, "Add 8: 1"), ({4: 3, 8: 0}, "goes stale"), ({4: 1, 8: 3}, "must fall"),
     ({4: 9, 8: 1}, "at most 3"), ({0: 3, 8: 1}, "ends before")])

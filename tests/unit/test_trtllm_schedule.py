@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tide_pipeline.engine.costs import StepCosts
 from tide_pipeline.engine.trtllm.options import translate_schedule
 from tide_pipeline.engine.trtllm.schedule import (
+    StepCell,
     StepTimes,
     as_schedule,
     best_lengths,
     break_even,
+    fit_steps,
     length_at,
-    of_costs,
     rate,
 )
+from tide_pipeline.engine.trtllm.schedule_file import FILE, fitting, read_schedule, write_schedule
+from tide_pipeline.errors import BuildError
 from tide_pipeline.serve.front.replicas import Replica, ReplicaSpec, preferred
 
 CHANCES = (0.8, 0.6, 0.45, 0.3)
@@ -30,14 +32,14 @@ def memory_bound(batch: int, length: int) -> float:
 
 
 def test_lengths_fall_with_the_batch_and_never_below_one() -> None:
-    lengths = best_lengths(memory_bound, CHANCES, 256)
+    lengths = best_lengths(memory_bound, CHANCES, range(1, 257))
     assert lengths[1] == 4 and lengths[256] == 1 and sorted(lengths.values(), reverse=True) == list(lengths.values())
     for batch in (1, 7, 40, 100):
         assert lengths[batch] == max(range(1, 5), key=lambda k: rate(memory_bound, CHANCES, batch, k))
 
 
 def test_a_draft_that_never_pays_still_gets_one() -> None:
-    assert set(best_lengths(lambda b, k: 1.0 + 10.0 * k, (0.01, 0.0), 8).values()) == {1}
+    assert set(best_lengths(lambda b, k: 1.0 + 10.0 * k, (0.01, 0.0), range(1, 9)).values()) == {1}
     assert break_even(lambda b, k: 1.0 + 10.0 * k, (0.01, 0.0), 8) == 0
 
 
@@ -58,35 +60,61 @@ def test_a_schedule_says_the_same_in_both_directions_of_reading(lengths: list[in
         assert since[max(key for key in since if key <= batch)] == length and 1 in since        # 1.2
 
 
-def test_the_embedded_engines_table_serves_as_costs() -> None:
-    costs = StepCosts()
-    costs.profile({(b, k, 0): 0.4 * k for b in (1, 8) for k in (1, 2, 3, 4)},
-                  {(b, b * n, 0): 8 + 0.05 * b * n for b in (1, 8) for n in (1, 5)})
-    assert of_costs(costs)(4, 2) == pytest.approx(memory_bound(4, 2))
-    assert best_lengths(of_costs(costs), CHANCES, 8) == best_lengths(memory_bound, CHANCES, 8)
+def cells(*pairs: tuple[int, int], steps: float = 300.0) -> list[StepCell]:
+    return [StepCell(batch, length, memory_bound(batch, length), steps) for batch, length in pairs]
 
 
-@pytest.fixture
-def times() -> StepTimes:
-    seen = StepTimes()
-    for batch, length in ((1, 4), (2, 4), (8, 3), (16, 2), (40, 1)):
-        for _ in range(3):
-            seen.observe(batch, length, memory_bound(batch, length))
-    return seen
+SERVED = ((1, 4), (2, 4), (8, 3), (16, 2), (40, 1))
 
 
-def test_times_that_were_not_seen_follow_from_those_that_were(times: StepTimes) -> None:
-    fitted: Callable[[int, int], float] = times.fitted()
+def test_times_that_were_not_seen_follow_from_those_that_were() -> None:
+    fitted = fit_steps(cells(*SERVED))
     for batch, length in ((4, 4), (20, 1), (30, 3), (16, 2)):
         assert fitted(batch, length) == pytest.approx(memory_bound(batch, length), rel=0.02)
-    assert times.table()["b8k3"] == pytest.approx(memory_bound(8, 3), abs=1e-3)
 
 
-def test_too_few_times_make_no_schedule() -> None:
-    times = StepTimes()
-    times.observe(1, 3, 9.0)
+def test_a_cell_goes_by_itself_the_more_steps_it_has() -> None:
+    """A size that is cheaper than the line says, as one with a graph of its own may be."""
+    line, cheap = fit_steps(cells(*SERVED)), memory_bound(8, 3) / 2
+    few, many = (fit_steps([*cells(*SERVED[:2], *SERVED[3:], steps=1e6), StepCell(8, 3, cheap, steps)])(8, 3) for steps in (1.0, 1e4))
+    assert few == pytest.approx(line(8, 3), rel=0.03) and many == pytest.approx(cheap, rel=0.03)
+
+
+def test_noise_never_makes_a_longer_draft_or_a_larger_batch_cheaper() -> None:
+    measured = ((1, 4, 9.0), (2, 1, 14.0), (16, 4, 12.0), (16, 1, 15.0), (64, 2, 8.0))
+    wild = [StepCell(batch, length, ms, 100.0) for batch, length, ms in measured]
+    fitted = fit_steps(wild)
+    assert fitted(5, 1) <= fitted(5, 2) <= fitted(5, 4) and fitted(3, 3) <= fitted(30, 3) <= fitted(300, 3)
+
+
+@pytest.mark.parametrize("pairs", [((1, 3),), ((1, 3), (2, 3), (4, 3), (8, 3), (16, 3)), ((1, 3), (2, 2), (4, 1))])
+def test_too_few_times_make_no_schedule(pairs: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(ValueError, match="serve more"):
-        times.fitted()
+        fit_steps(cells(*pairs))
+
+
+def test_times_of_passes_are_averages_without_their_outliers() -> None:
+    seen = StepTimes()
+    for ms in (10.0, 10.0, 1000.0):
+        seen.observe(8, 3, ms)
+    assert seen.table() == {"b8k3": 10.5}
+
+
+def test_a_schedule_in_a_build_comes_back_and_a_build_without_one_has_none(tmp_path: Path) -> None:
+    write_schedule(tmp_path, {4: 3, 16: 1}, {"log": "acceptance"})
+    assert read_schedule(tmp_path) == {4: 3, 16: 1} and read_schedule(tmp_path / "other") == {}
+    for text in ("{", "[]", '{"schedule": {"a": 1}}', '{"schedule": 3}'):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(BuildError, match=r"schedule\.json can't be read .* `tide build`"):
+            read_schedule(tmp_path)
+
+
+@pytest.mark.parametrize(("longest", "most", "expected"), [
+    (3, 16, {4: 3, 8: 2, 16: 1}), (2, 16, {8: 2, 16: 1}), (3, 64, {4: 3, 8: 2, 64: 1}), (3, 6, {4: 3, 6: 2}), (3, 2, {2: 3}),
+    (3, 8, {4: 3, 8: 2})])
+def test_a_server_with_other_limits_takes_what_it_can(longest: int, most: int, expected: dict[int, int]) -> None:
+    found = fitting({4: 3, 8: 2, 16: 1}, longest, most)
+    assert found == expected and translate_schedule(found, "up to", longest, most) == expected and fitting({}, longest, most) == {}
 
 
 def replicas(*in_flight: tuple[str, int, int]) -> list[Replica]:

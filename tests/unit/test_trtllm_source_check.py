@@ -118,6 +118,37 @@ def test_exports_and_moves(folder: Path) -> None:
     assert check_fact(SourceTree(folder), fact(name="Gone")).wrong == ("tensorrt_llm.llmapi.args has no class Gone",)
 
 
+def test_a_class_that_was_renamed_is_found_under_its_old_name(folder: Path) -> None:
+    """As NVIDIA kept CudaGraphConfig: the class is DecodeCudaGraphConfig, its fields are those of a base."""
+    args = folder / "tensorrt_llm" / "llmapi" / "args.py"
+    args.write_text(f"{ARGS}\n# the old name\nOlder = Child\nAnything: TypeAlias = Child | None\n")
+    (folder / "tensorrt_llm" / "llmapi" / "__init__.py").write_text("if mad:\n    pass\nelse:\n    from .args import Child, Older\n")
+    tree, fields = SourceTree(folder), {"required": Field(None), "plain": Field("4")}
+    assert check_fact(tree, fact(name="Older", public_name="tensorrt_llm.llmapi", fields=fields)).is_true
+    assert check_fact(tree, fact(name="Older", module="tensorrt_llm.llmapi", fields={"plain": Field("3")})).wrong == (
+        "plain defaults to 4, expected 3",)
+    assert check_fact(tree, fact(name="Anything")).wrong == ("tensorrt_llm.llmapi.args has no class Anything",)
+    args.write_text(args.read_text().replace("Older = Child", "Older = Older"))
+    assert not check_fact(SourceTree(folder), fact(name="Older")).is_true                      # and it ends
+
+
+def test_names_that_a_package_makes_when_they_are_asked_for(folder: Path) -> None:
+    """As the newest tensorrt_llm/__init__.py: imports for type checkers only, and a table for `__getattr__`."""
+    package = folder / "tensorrt_llm" / "__init__.py"
+    table = "_LAZY = {'Child': ('tensorrt_llm.llmapi', 'Child')}\n"
+    package.write_text(f"{table}def __getattr__(name):\n    return load(_LAZY[name])\n")
+    assert check_fact(SourceTree(folder), fact(public_name="tensorrt_llm")).is_true
+    for text in (table, "def __getattr__(name):\n    return load('Child')\n"):
+        package.write_text(text)
+        assert check_fact(SourceTree(folder), fact(public_name="tensorrt_llm")).wrong == ("tensorrt_llm does not export Child",)
+
+
+def test_a_file_that_this_python_can_not_parse_is_named(folder: Path) -> None:
+    (folder / "tensorrt_llm" / "llmapi" / "args.py").write_text("x = 1\nmatch_me = = 2\n")
+    with pytest.raises(SettingsError, match=r"args\.py, line 2: this Python can't parse it .* with the Python that serves it"):
+        check_fact(SourceTree(folder), fact())
+
+
 def test_a_checkout_site_packages_and_the_package_itself_are_the_same(folder: Path) -> None:
     assert SourceTree(folder).version() == SourceTree(folder / "tensorrt_llm").version() == "1.3.0rc24"
     assert check_source(folder).digests == check_source(folder / "tensorrt_llm").digests

@@ -23,6 +23,7 @@ from tide_pipeline.build.warmup import warm_up as warm_up_draft
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.deployment.builds import CERTIFICATE, DRAFT_FILES, build_dir, load_build, save_build
+from tide_pipeline.engine.trtllm.schedule_file import write_schedule
 from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.errors import BuildError
 from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
@@ -46,14 +47,15 @@ def build_engine(config: TideConfig, draft_dir: Path, draft_version: str, *, war
         BuildError: the disk is full, the draft changed while it was copied, or the engine failed on it.
     """
     spec = load_engine_spec(config.engine_dir)
-    build = describe(config, spec, draft_dir, draft_version)
+    lengths = trtllm.draft_lengths(config, spec, draft_version) if spec.backend == "trtllm" else None
+    build = describe(config, spec, draft_dir, draft_version, lengths)
     with _refusing_disk(build.build_id), _alone(config.state.builds / config.target):
         existing = _existing(config, build.build_id)
         if existing is not None:
             return existing
         _check(config, spec, draft_dir, build)
         with _workshop(config.state.builds / config.target) as folder:
-            _fill(config, spec, folder, draft_dir, build)
+            _fill(config, spec, folder, draft_dir, build, lengths)
             if warm_up and spec.backend == "embedded":
                 build = replace(build, warmup=warm_up_draft(config, spec, replace(build, path=str(folder))))
             _put_in_place(folder, Path(build.path))
@@ -61,10 +63,10 @@ def build_engine(config: TideConfig, draft_dir: Path, draft_version: str, *, war
         return load_build(config.state.builds, config.target, build.build_id)
 
 
-def describe(config: TideConfig, spec: EngineSpec, draft_dir: Path, draft_version: str) -> EngineBuild:
+def describe(config: TideConfig, spec: EngineSpec, draft_dir: Path, draft_version: str, lengths: trtllm.DraftLengths | None) -> EngineBuild:
     """What the build will be called and be made of; nothing is written."""
     draft, engine = digest_draft(draft_dir), engine_digest(config.engine_dir / spec.model, spec)
-    served_by = trtllm.identity(config, spec) if spec.backend == "trtllm" else spec.backend
+    served_by = trtllm.identity(config, spec, lengths.schedule) if lengths else spec.backend
     build_id = hashlib.sha256(f"{draft} {engine} {served_by}".encode()).hexdigest()[:16]
     return EngineBuild(build_id, config.target, spec.backend, str(build_dir(config.state.builds, config.target, build_id)), draft_version,
                        draft, engine, time.time())
@@ -79,7 +81,8 @@ def _check(config: TideConfig, spec: EngineSpec, draft_dir: Path, build: EngineB
         load_draft(draft_dir, read_shape(config.engine_dir / spec.model), identity)
 
 
-def _fill(config: TideConfig, spec: EngineSpec, folder: Path, draft_dir: Path, build: EngineBuild) -> None:
+def _fill(config: TideConfig, spec: EngineSpec, folder: Path, draft_dir: Path, build: EngineBuild,
+          lengths: trtllm.DraftLengths | None) -> None:
     """Draft, settings and model repository. The repository names files by their final place."""
     (folder / "draft").mkdir()
     for name in (*DRAFT_FILES, "provenance.json"):
@@ -91,11 +94,13 @@ def _fill(config: TideConfig, spec: EngineSpec, folder: Path, draft_dir: Path, b
                          "the draft changed while it was copied, build it again")
     recipes.freeze(config, folder / SETTINGS)
     place = Path(build.path)
-    model_yaml = trtllm.model_yaml(config, spec, place / "draft") if spec.backend == "trtllm" else ""
+    model_yaml = trtllm.model_yaml(config, spec, place / "draft", lengths.schedule) if lengths else ""
     render_model_repository(config, folder / "model_repository", replica=config.serve.replica, config_file=place / SETTINGS,
                             model_yaml=model_yaml)
-    if model_yaml:
-        write_json(folder / CERTIFICATE, trtllm.certificate(folder, config, spec, build))
+    if lengths:
+        if lengths.schedule and lengths.learned:
+            write_schedule(folder, lengths.schedule, lengths.learned)
+        write_json(folder / CERTIFICATE, trtllm.certificate(folder, config, spec, build, lengths))
 
 
 def _existing(config: TideConfig, build_id: str) -> EngineBuild | None:

@@ -129,6 +129,8 @@ def build(
     else:
         facts = ", ".join(f"{key} {value:.3g}" for key, value in made.warmup.items())
         console().print(f"build {made.build_id} of {made.draft_version} ({facts or 'not warmed up: that takes its GPU'})", markup=False)
+        if made.backend == "trtllm":
+            console().print(f"draft lengths: {_lengths(Path(made.path))}", markup=False)
         console().print(f"next: tide gate {made.build_id}" if made.backend == "embedded" else
                         f"for TensorRT-LLM {config.serve.trtllm} on {config.serve.gpus} x {config.serve.gpu}; next, in its container: "
                         f"launch_triton_server.py --model_repo={made.path}/model_repository", markup=False)
@@ -163,6 +165,13 @@ def gate(
                                           for name, door in found.verdict.doors.items()])
         console().print(f"next: tide rollout {build_id}" if found.verdict.passed else "the build stays out")
     raise typer.Exit(0 if found.verdict.passed else 1)
+
+
+def _lengths(build: Path) -> str:
+    """Of a build for TensorRT-LLM, as its certificate says."""
+    said = json.loads((build / "provenance.json").read_text()).get("draft_lengths", {"schedule": {}, "why": "one for every batch"})
+    spelled = ", ".join(f"{length} up to a batch of {batch}" for batch, length in said["schedule"].items())
+    return f"{spelled} ({said['why']})" if spelled else said["why"]
 
 
 def _checkpoint(config: TideConfig, folder: Path) -> DraftCheckpoint:

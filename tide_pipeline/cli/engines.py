@@ -1,26 +1,29 @@
-"""tide engines list | check | memory: which targets there are, whether their folders are in order, what fits where."""
+"""tide engines list | check | memory | schedule: which targets there are, whether their folders are in order, what fits, what pays."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tide_pipeline.cli.app import LOOK, JsonFlag, app, console, print_json, print_table, settings_of
-from tide_pipeline.errors import SettingsError
+from tide_pipeline.errors import InvalidRequest, SettingsError
 
 if TYPE_CHECKING:
+    from tide_pipeline.build.schedule import LearnedSchedule
     from tide_pipeline.config import TideConfig
     from tide_pipeline.engine.memory import ServingMemory
+    from tide_pipeline.engine_spec import EngineSpec
 
 GB = 10**9
 COLUMNS = ("gpus", "weights", "draft", "taps", "ring", "activations", "taken", "of", "kB a token", "cache, tokens", "full requests",
            "fits")
 
 engines = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="The targets under engines/: list them, check them, see what "
-                      "memory they take. No GPU needed.\n\n[bold]tide engines check[/bold]")
+                      "memory they take and which draft lengths pay. No GPU needed.\n\n[bold]tide engines check[/bold]")
 app.add_typer(engines, name="engines", rich_help_panel=LOOK)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Folder under engines/.")]
@@ -97,6 +100,63 @@ def memory(
     print_table(COLUMNS, [_line(m, spec.max_context) for m in found], f"{name}, GB of one GPU")
     console().print(f"full requests are of {spec.max_context:,} tokens; weights and cache are exact, activations and 3 GB of overhead a "
                     "guess on the high side" if found else "its recipes.toml has no [serve.<gpu>] table: name a class with --gpu")
+
+
+@engines.command()
+def schedule(
+    ctx: typer.Context,
+    since: Annotated[str | None, typer.Option(metavar="AGO|TIME", help="30m, 12h, 7d, or 2026-02-07T09:00 (UTC). Without it 24 hours "
+                                              "for acceptance, 30 days for step times.")] = None,
+    draft_version: Annotated[str, typer.Option(help="Whose survival counts; without it the draft's that was served last.")] = "",
+    trtllm: Annotated[str | None, typer.Option(metavar="LINE", help="1.2, 1.3 or 1.4; without it serve.trtllm.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draft length by batch size, learned from what was served: what `tide build` puts into a build for TensorRT-LLM.
+
+    Exit code 2 where too little was served; it says what to serve with.
+
+    [bold]tide engines schedule --recipe qwen3-8b/h100 --since 7d[/bold]
+    """
+    from tide_pipeline.build.schedule import learn_schedule
+    from tide_pipeline.cli.drift import moment
+    from tide_pipeline.engine_spec import load_engine_spec
+    from tide_pipeline.recipes import first_recipe
+
+    config = settings_of(ctx)
+    spec = load_engine_spec(config.engine_dir)
+    if spec.backend != "trtllm":
+        raise InvalidRequest(f"engine {spec.name} is for backend {spec.backend!r}, which chooses the draft length of every step by itself: "
+                             "name an engine for TensorRT-LLM with --engine (`tide engines list`)")
+    if not config.serve.gpu:
+        config = settings_of(ctx, fresh=True, recipe=first_recipe(config.engine_dir))
+    until = time.time()
+    found = learn_schedule(config, spec, until, version=draft_version, since=moment(since, until) if since else None)
+    form = _said_to(trtllm or config.serve.trtllm, config, spec, found)
+    if as_json:
+        print_json({"schedule": found.schedule, **form, "rows": [dataclasses.asdict(row) for row in found.rows], **found.origin()})
+        return
+    print_table(("up to a batch of", "draft length", "tokens/s", "all of the longest", "without drafts"),
+                [(str(r.batch), str(r.length), *(f"{x:,.0f}" for x in (r.best, r.longest, r.plain))) for r in found.rows])
+    chances, since_when = ", ".join(f"{chance:.2f}" for chance in found.chances), found.origin()["survival_since"]
+    console().print(f"{form['advice']}\n{found.drafted_steps} drafted steps of {found.draft_version} since {since_when}; the chance that "
+                    f"the first 1, 2, .. tokens are accepted: {chances}", markup=False)
+
+
+def _said_to(line: str, config: TideConfig, spec: EngineSpec, found: LearnedSchedule) -> dict[str, Any]:
+    """What it means for a version line: the keys that it takes, or what to do where it takes none."""
+    from tide_pipeline.engine.trtllm.facts import table_for
+    from tide_pipeline.engine.trtllm.options import draft_length, translate_schedule
+
+    table, until = table_for(line), found.best_until
+    if not table.names["one_model_length_control"]:
+        return {"line": table.line, "draft_len_schedule": None,
+                "advice": f"TensorRT-LLM {table.line} can't change the draft length by batch size. Drafts pay up to {until} requests in a "
+                          f"step: give speculative replicas \"best_until\": {until} in the replicas file, beside plain ones"}
+    keys = translate_schedule(found.schedule, table.layout.schedule, draft_length(spec, config), config.serve.max_batch)
+    by_hand = [[batch, length] for batch, length in found.schedule.items()]
+    return {"line": table.line, "draft_len_schedule": keys,
+            "advice": f"TensorRT-LLM {table.line}: draft_len_schedule = {keys}. `tide build` puts it into the build; by hand: "
+                      f"--set 'speculation.draft_schedule={by_hand}'"}
 
 
 def _row(engine_dir: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .network import Network
 from .outputs import StreamedOutput
-from .server import Executor, extension
+from .server import Executor, extensions, travelled
 
 NESTED = {"kv_cache_config": "KvCacheConfig", "cuda_graph_config": "CudaGraphConfig", "speculative_config": "Eagle3DecodingConfig"}
 
@@ -35,7 +35,8 @@ class Server:
         self._engine = Executor(self.args, self._network)
         is_single = os.environ.get("TLLM_WORKER_USE_SINGLE_PROCESS") == "1"
         self._executor = SimpleNamespace(engine=self._engine) if is_single else SimpleNamespace()
-        self._worker = extension(self.args.ray_worker_extension_cls, self._engine) if self.args.ray_worker_extension_cls else None
+        worker, ranks = self.args.ray_worker_extension_cls, self.args.tensor_parallel_size
+        self._workers = extensions(worker, self._engine, ranks) if worker else []
 
     def _load_tokenizer(self) -> Any:
         file = Path(self.args.model) / "tokenizer.json"
@@ -100,10 +101,13 @@ class Server:
             await asyncio.sleep(0.01)
             waited += 0.01
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        if self.args.orchestrator_type != "ray" or self._worker is None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+                       unique_reply_rank: int | None = None) -> list[Any]:
+        """On every rank; what goes in and comes out travels between processes."""
+        if self.args.orchestrator_type != "ray" or not self._workers:
             raise ValueError("Executor type does not support collective RPC")
-        return [getattr(self._worker, method)(*args, **(kwargs or {}))]
+        replies = [travelled(getattr(worker, method)(*travelled(args), **travelled(kwargs or {}))) for worker in self._workers]
+        return replies if unique_reply_rank is None else [replies[unique_reply_rank]]
 
     def shutdown(self) -> None:
         self._engine.shutdown()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .network import Network
+from .weights import Weights
 
 RUBBISH = 3
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -24,6 +25,7 @@ class PassRunner:
         self.args, self.network, self._make_dummy = args, network, make_dummy
         self.spec_config = args.speculative_config
         self.is_draft_model = False
+        self.model = Weights(self.spec_config.speculative_model if self.spec_config else None)
         self.runtime_draft_len = self.spec_config.max_draft_len if self.spec_config else 0
         self.spec_metadata = self._make_metadata() if self.spec_config else None
         self.graph_metadata: dict[tuple[int, int], Any] = {}       # each captured graph has its own buffer

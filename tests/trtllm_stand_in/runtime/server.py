@@ -6,6 +6,7 @@ import importlib
 import itertools
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from .network import Network
@@ -47,6 +48,9 @@ class Executor:
             self._waiting.append(request)
             self._changed.notify()
         return request
+
+    def reset_prefix_cache(self) -> None:
+        self._cache = PrefixCache(self.args.kv_cache_config.enable_block_reuse)
 
     def shutdown(self) -> None:
         with self._changed:
@@ -112,9 +116,15 @@ class Executor:
             self.iterations.append(entry)
 
 
-def extension(path: str, executor: Executor) -> Any:
-    """An instance of the worker extension "package.module.Class"; `engine` is the executor, as in NVIDIA's Ray workers."""
+def extensions(path: str, executor: Executor, ranks: int) -> list[Any]:
+    """The worker extension "package.module.Class" on every rank; `engine` is the executor, as in NVIDIA's Ray workers. One for all here."""
     module, _, name = path.rpartition(".")
-    worker = getattr(importlib.import_module(module), name)()
-    worker.engine = executor
-    return worker
+    workers = [getattr(importlib.import_module(module), name)() for _ in range(ranks)]
+    for rank, worker in enumerate(workers):
+        worker.engine, worker.rank = executor, rank
+    return workers
+
+
+def travelled(value: Any) -> Any:
+    """As it arrives in another process."""
+    return ForkingPickler.loads(ForkingPickler.dumps(value))

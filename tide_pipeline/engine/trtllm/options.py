@@ -107,7 +107,7 @@ def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: 
     eagle, longest = _Class("Eagle3DecodingConfig", table, installed), draft_length(spec, config)
     eagle["decoding_type"] = table.names["decoding_type"]
     eagle["speculative_model"] = draft
-    eagle["max_draft_len"] = longest
+    eagle["max_draft_len"] = schedule[min(schedule)] if schedule else longest      # a schedule must begin with it
     eagle["eagle3_layers_to_capture"] = list(spec.capture_layers)
     if "eagle3_one_model" in eagle:
         eagle["eagle3_one_model"] = True           # the two-model path has no buffer that capture could read

@@ -27,6 +27,7 @@ from tide_pipeline.engine.trtllm.length_override import LengthOverride
 from tide_pipeline.engine.trtllm.options import NESTED, draft_length, llm_arguments
 from tide_pipeline.engine.trtllm.remote import RemotePasses
 from tide_pipeline.engine.trtllm.schedule import StepTimes, length_at
+from tide_pipeline.engine.trtllm.schedule_file import fitting, read_schedule
 from tide_pipeline.engine.trtllm.shipment import Shipper
 from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
@@ -76,8 +77,10 @@ class Server:
         if self._config.serve.gpus == 1:
             os.environ[self.table.names["single_process"]] = "1"
         is_captured = self._prepare_capture(build, feed)
+        if build and not self.schedule and self.table.names["one_model_length_control"]:
+            self.schedule = fitting(read_schedule(Path(build.path)), self.max_length, self._config.serve.max_batch)
         if self.schedule and self._config.serve.gpus == 1 and not what_is_wrong(self.table, "draft length"):
-            self.lengths = LengthOverride(self.table, self.max_length)
+            self.lengths = LengthOverride(self.table, max(self.schedule.values()))
             self.lengths.install()
         draft = str(Path(build.path) / "draft") if build else None
         arguments = llm_arguments(self._spec, self._config, self.table, draft=draft, model=str(self._config.engine_dir / self._spec.model),

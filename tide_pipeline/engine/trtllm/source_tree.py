@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tide_pipeline.errors import SettingsError
+
 PACKAGE = "tensorrt_llm"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -55,24 +57,31 @@ class SourceTree:
     def _read(self, path: Path) -> ast.Module:
         content = path.read_bytes()
         self.digests[path.relative_to(self.folder).as_posix()] = hashlib.sha256(content).hexdigest()
-        return ast.parse(content, filename=str(path))
+        try:
+            return ast.parse(content, filename=str(path))
+        except SyntaxError as error:
+            raise SettingsError(f"{path}, line {error.lineno}: this Python can't parse it ({error.msg}). Run `tide doctor` with the Python "
+                                "that serves it") from error
 
     def exports(self, module: str, name: str) -> bool:
         """Whether `from module import name` finds something, as far as the text tells."""
         tree = self.module(module)
-        return tree is not None and (_define(tree, name) is not None or _imported(tree, name) is not None)
+        return tree is not None and any(found(tree, name) for found in (_define, _imported, _other_name, _made_when_asked))
 
     def find(self, module: str, name: str) -> tuple[str, ast.ClassDef | Function] | None:
         """A class or function of a module, or where the module takes it from: (module of the definition, definition)."""
-        for _ in range(5):                                         # re-exports of re-exports
+        for _ in range(8):                                         # re-exports of re-exports, and other names of them
             tree = self.module(module)
             if tree is None:
                 return None
             if (definition := _define(tree, name)) is not None:
                 return module, definition
-            if (origin := _imported(tree, name)) is None:
+            if (origin := _imported(tree, name)) is not None:
+                module, name = self._absolute(module, origin), _original(origin, name)
+            elif (other := _other_name(tree, name)) is not None:
+                name = other
+            else:
                 return None
-            module, name = self._absolute(module, origin), _original(origin, name)
         return None
 
     def _absolute(self, module: str, origin: ast.ImportFrom) -> str:
@@ -169,6 +178,19 @@ def _define(tree: ast.Module, name: str) -> ast.ClassDef | Function | None:
 def _imported(tree: ast.Module, name: str) -> ast.ImportFrom | None:
     return next((node for node in _statements(tree.body) if isinstance(node, ast.ImportFrom)
                  and any((alias.asname or alias.name) == name for alias in node.names)), None)
+
+
+def _other_name(tree: ast.Module, name: str) -> str | None:
+    """`Name = Other`: how a class that was renamed keeps its old name."""
+    return next((node.value.id for node in _statements(tree.body) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
+                 and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)), None)
+
+
+def _made_when_asked(tree: ast.Module, name: str) -> bool:
+    """A module with `__getattr__` (PEP 562) that has the name among its texts: in `__all__`, or in a table of what to import."""
+    return _define(tree, "__getattr__") is not None and any(
+        isinstance(text, ast.Constant) and text.value == name for node in tree.body if isinstance(node, ast.Assign)
+        for text in ast.walk(node.value))
 
 
 def _original(origin: ast.ImportFrom, name: str) -> str:
