@@ -11,7 +11,8 @@
 each with no compression, lz4 and zstd 1. Writing is from tensors into memory, reading from memory into bf16 tensors without a copy where
 the encoding allows it; both in MB of states per second of processor time, one thread, rounds of all variants in turn, best of each. Every
 variant must give back every bit. Then the lake's own writer (digest, checksums, rename, fsync) against writing and syncing the same bytes
-raw, in alternating pairs, and its reader with all checks.
+raw (`raw renamed`: to a temporary name, renamed, and the folder synced, as the lake does), in alternating blocks, wall and processor time,
+and its reader with all checks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from machine import median_interval
+from abba import alternate, median_rate, ratio
 from options import finish, parser, settle
 from torch import Tensor
 
@@ -189,37 +190,43 @@ def encodings(states: Tensor, rounds: int, folder: Path) -> list[dict[str, Any]]
 
 
 def against_raw(states: Tensor, pairs: int, folder: Path) -> dict[str, Any]:
-    """Wall time of the lake's writer over that of write and fsync of the same bytes; then reading with every check."""
+    """The lake's writer against write and fsync of the states' bytes, and against a raw file that is put in place as safely; then reading
+    with every check. All of the writer's work is on this thread."""
     hidden = states.shape[1] // 4
     windows = [ClosedWindow(f"r{i}", "t", "w", "v1", "e", "auto", SamplingParams(), 4, "0" * 32, 0, [1] * (len(rows) + 1), [],
                             [words_of(rows)], hidden, 3, True, time.time()) for i, rows in enumerate(states.split(WINDOW_ROWS))]
-    store, ratios, lake_s, raw_s = open_store(folder / "lake"), [], [], []
-    raw_bytes = _bytes(states).tobytes()
-    for pair in range(pairs):
-        def lake() -> None:
-            write_shard(store, new_shard("pocket", "bench"), "pocket", SIGNALS_SCHEMA, signals_tables(windows))
+    store, raw_bytes = open_store(folder / "lake"), _bytes(states).tobytes()
 
-        def raw(name: str = f"raw{pair}") -> None:
-            with (folder / name).open("wb") as file:
-                file.write(raw_bytes)
-                file.flush()
-                os.fsync(file.fileno())
+    def lake(_: int) -> int:
+        write_shard(store, new_shard("pocket", "bench"), "pocket", SIGNALS_SCHEMA, signals_tables(windows))
+        return len(raw_bytes)
 
-        times = {}
-        for work in (lake, raw) if pair % 2 else (raw, lake):
-            begin = time.perf_counter()
-            work()
-            times[work] = time.perf_counter() - begin
-        ratios.append(times[raw] / times[lake])
-        lake_s.append(times[lake])
-        raw_s.append(times[raw])
+    def raw(pair: int, name: str = "raw") -> int:
+        with (folder / f"{name}{pair}").open("wb") as file:
+            file.write(raw_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        return len(raw_bytes)
+
+    def raw_renamed(pair: int) -> int:
+        raw(pair, "temporary")
+        os.replace(folder / f"temporary{pair}", folder / f"renamed{pair}")
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        return len(raw_bytes)
+
+    blocks = alternate({"lake": lake, "raw": raw, "raw renamed": raw_renamed}, pairs)
     found = list_windows(folder / "lake", "pocket").windows[:4 * len(windows)]
     begin = time.process_time()
     rows = sum(len(s.taps_TG) for s in read_states(found, strict=True))
-    mb = states.numel() * 2 / 1e6
-    return {"writer_over_raw": median_interval(ratios), "writer_mb_per_s": round(mb / float(np.median(lake_s))),
-            "raw_mb_per_s": round(mb / float(np.median(raw_s))),
-            "checked_reading_mb_per_cpu_s": round(rows * states.shape[1] * 2 / 1e6 / (time.process_time() - begin))}
+    read_s = time.process_time() - begin
+    return {"writer_over_raw": ratio(blocks["lake"], blocks["raw"]),
+            "writer_over_raw_renamed": ratio(blocks["lake"], blocks["raw renamed"]),
+            "mb": round(len(raw_bytes) / 1e6, 1), "mb_per_s": {name: round(median_rate(b) / 1e6) for name, b in blocks.items()},
+            "cpu_ms": {name: round(1e3 * float(np.median([block.cpu_s for block in b])), 1) for name, b in blocks.items()},
+            "best_wall_ms": {name: round(1e3 * min(block.wall_s for block in b), 1) for name, b in blocks.items()},
+            "checked_reading_mb_per_cpu_s": round(rows * states.shape[1] * 2 / 1e6 / read_s)}
 
 
 def main() -> None:

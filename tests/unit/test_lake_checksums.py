@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -59,6 +60,8 @@ def test_pages_are_not_passed_over_and_the_sum_is_that_of_every_byte(tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(checksums, "zlib", SimpleNamespace(crc32=counted))
         assert crc_of(data, pages) == checksum(shard)
+    view = memoryview(pa.py_buffer(data))                  # what a bucket's shard is made in: its bytes are signed
+    assert file_crc(lambda at, size: view[at:at + size], len(data), pages) == checksum(shard)
     assert sum(over) <= len(data) - 4 * 110 * HIDDEN * (TAPS + 1) * 2, "not a byte of the states"
     assert crc_of(data, [(4, 40)]) == checksum(shard), "a span that holds something else costs time, not truth"
     with pytest.raises(OSError, match="too early"):

@@ -50,15 +50,17 @@ def _bodies(read: ReadAt, span: Span) -> Iterator[tuple[int, int, int]]:
     at, end = span[0], sum(span)
     while at < end:
         try:
-            size, fields = _header(read(at, min(HEADER, end - at)))
+            size, fields = _header(bytes(read(at, min(HEADER, end - at))))
             body, crc = fields[3], fields[4] & 0xFFFFFFFF
         except (ValueError, LookupError):
+            return
+        if body < 0 or at + size + body > end:
             return
         yield at + size, body, crc
         at += size + body
 
 
-def _header(data: bytes | memoryview) -> tuple[int, dict[int, int]]:
+def _header(data: bytes) -> tuple[int, dict[int, int]]:
     """Size of the Thrift struct at the beginning of `data`, and its numbers by field id: of a page 3 is the body's size, 4 its CRC-32."""
     at, field, numbers = 0, 0, dict[int, int]()
     while head := data[at]:
@@ -77,7 +79,7 @@ def _header(data: bytes | memoryview) -> tuple[int, dict[int, int]]:
     return at + 1, numbers
 
 
-def _number(data: bytes | memoryview, at: int) -> tuple[int, int]:
+def _number(data: bytes, at: int) -> tuple[int, int]:
     """A zigzag number, and the offset after it."""
     value = shift = 0
     while True:
