@@ -73,6 +73,9 @@ class Switch:
     def on_close(self, closed: RequestClosed) -> None:
         self.sinks[self.current].on_close(closed)
 
+    def on_idle(self) -> None:
+        self.sinks[self.current].on_idle()
+
     def close(self) -> None:
         for sink in self.sinks.values():
             sink.close()
@@ -133,6 +136,7 @@ class Bench:
             began = time.process_time()
             texts = pick(self.prompts, self.requests, round_)
             tokens = count(serve(self.engine, [ask(text, 24 + 8 * (i % 5), SPECULATION) for i, text in enumerate(texts)]))
+            self.switch.on_idle()                                 # as the engine's own thread says when all are done
             self.process_s[name] += time.process_time() - began
             return tokens
 

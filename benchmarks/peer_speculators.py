@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from abba import Block, clock, median_rate, order, ratio
-from captured import fill_lake
+from captured import captured_run
 from options import finish, parser, settle
 from peer_sides import Comparison, Peer
 from training_run import open_run
 
 from tide_pipeline.config import override
-from tide_pipeline.engine_spec import load_engine_spec
-from tide_pipeline.recipes import load
 from tide_pipeline.training.batches import labelled_rows
 from tide_pipeline.training.loop import train_draft
 
@@ -126,13 +124,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    config = override(load(values={"state_dir": str(args.state or scratch / "state"), "engines_dir": str(args.engine_dir.parent),
-                                   "engine": args.engine_dir.name}),
-                      {"training": {"time_budget_s": 0.0, "nice": 0, "min_prompts": 2, "replay_share": 0.0,
-                                    "eval_share": 0.3 if args.quick else 0.12}})
-    if args.state is None:
-        fill_lake(config, {args.workload: 24 if args.quick else 320}, 24 if args.quick else 96)
-    champion = args.engine_dir / load_engine_spec(args.engine_dir).champion
+    config, champion = captured_run(args, scratch, 320, {"replay_share": 0.0})
     c = Comparison(config, args.workload, champion, Peer(args.theirs, scratch), scratch)
     s = config.training
     result: dict[str, Any] = {"speculators": "0.9.0", "attention": args.attention, "windows": c.num_windows, "held_out": len(c.held_out),

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from abba import Work, alternate, median_rate, ratio
-from captured import fill_lake
+from captured import captured_run
 from options import finish, parser, settle
 from pocket_recipe import trained_network
 from torch import Tensor
@@ -36,7 +36,6 @@ from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
-from tide_pipeline.recipes import load
 from tide_pipeline.training.batches import Slice
 from tide_pipeline.training.run import Run
 from tide_pipeline.training.scale import scaled
@@ -193,13 +192,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    config = override(load(values={"state_dir": str(args.state or scratch / "state"), "engines_dir": str(args.engine_dir.parent),
-                                   "engine": args.engine_dir.name}),
-                      {"training": {"time_budget_s": 0.0, "nice": 0, "min_prompts": 2, "eval_windows": 4,
-                                    "eval_share": 0.3 if args.quick else 0.12}})
-    if args.state is None:
-        fill_lake(config, {args.workload: 24 if args.quick else 200}, 24 if args.quick else 96)
-    champion = args.engine_dir / load_engine_spec(args.engine_dir).champion
+    config, champion = captured_run(args, scratch, 200, {"eval_windows": 4})
     s = config.training
     return {"batch": f"{s.batch_windows} x {s.window_rows}", "draft_vocab_size": s.draft_vocab_size, "autocast": s.autocast,
             "depths": [measure(config, args.workload, champion, ttt, args.rounds, args.steps, scratch) for ttt in args.ttt]}

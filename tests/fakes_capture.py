@@ -15,7 +15,7 @@ from torch import Tensor
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import CaptureSettings
 from tide_pipeline.contracts import FinishReason, RequestClosed, RequestOpened, SamplingParams, StepEvent, StepKind, TapHandle
-from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.taps import HostTapRing, StepRing
 
 torch.set_num_threads(1)
 
@@ -23,8 +23,8 @@ HIDDEN, TAPS, TARGET, ENGINE = 4, 3, "pocket", "engine-digest"
 SLOW = CaptureSettings(mode="on", flush_s=3600.0)      # shards only when a test flushes
 
 
-def make_ring(*, with_final: bool = True, rows: int = 2048) -> TapRing:
-    return TapRing(slots=2, rows=rows, hidden_size=HIDDEN, num_taps=TAPS, with_final=with_final)
+def make_ring(*, with_final: bool = True) -> StepRing:
+    return HostTapRing(hidden_size=HIDDEN, num_taps=TAPS, with_final=with_final)
 
 
 def states_of(request_id: str, positions: Sequence[int], width: int) -> Tensor:
@@ -44,7 +44,7 @@ class FakeEngine:
     """Feeds one recorder as an engine would: greedy truth is `token_at`, rejected drafts are truth + 1."""
 
     recorder: Recorder
-    ring: TapRing = field(default_factory=make_ring)
+    ring: StepRing = field(default_factory=make_ring)
     positions: dict[str, int] = field(default_factory=dict)        # request -> next row's position
 
     def __post_init__(self) -> None:
@@ -68,6 +68,7 @@ class FakeEngine:
 
     def close(self, request_id: str, reason: FinishReason = FinishReason.LENGTH, ttft_ms: float = 12.5) -> None:
         self.recorder.on_close(RequestClosed(request_id, reason, ttft_ms, 100.0, 5))
+        self.recorder.on_idle()
 
     def run(self, request_id: str, prompt_tokens: int = 4, steps: int = 3, **kwargs: str) -> None:
         """A whole request: two accepted of three drafted, every step."""

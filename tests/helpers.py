@@ -288,6 +288,8 @@ class RecordingSink:
         assert self.requests[closed.request_id].closed is None
         self.requests[closed.request_id].closed = closed
 
+    def on_idle(self) -> None: ...
+
     def close(self) -> None:
         self.is_closed = True
 

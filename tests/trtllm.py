@@ -55,4 +55,3 @@ class KnownNetwork:
     def states(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """bf16 [T, taps]."""
         return self.network.states(tokens, start, len(LAYERS))
-

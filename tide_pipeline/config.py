@@ -72,7 +72,7 @@ class CaptureSettings:
     max_bytes_per_hour: int = 4_000_000_000
     queue_windows: int = 256           # closed windows waiting for the writer; more are dropped and counted
     shard_rows: int = 8_192            # token rows per signals shard
-    flush_s: float = 2.0               # a shard is closed at this age at the latest
+    flush_s: float = 10.0              # a shard is closed at this age at the latest
     block_steps: int = 64              # steps per acceptance row
     opted_out_tenants: tuple[str, ...] = ()
 

@@ -12,7 +12,7 @@ import time
 import typing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -83,9 +83,8 @@ class StepKind(StrEnum):
     PROBE = "probe"                # a verification of fixed length made only to observe acceptance
 
 
-@dataclass(frozen=True, slots=True)
-class TapHandle:
-    """Rows `start:stop` of slot `slot` of the engine's TapRing. Valid only until `Sink.on_step` returns."""
+class TapHandle(NamedTuple):
+    """Rows `start:stop` of slot `slot` of the engine's TapRing. Good as long as `TapRing.must_read` says."""
 
     slot: int
     start: int
@@ -262,6 +261,7 @@ class BenchmarkReport:
     compared_tokens: int           # greedy equivalence: tokens checked
     ties: int                      # differences within epsilon of the argmax
     mismatches: int                # differences beyond epsilon: must be 0
+    over_champion: tuple[float, float, float] = (0.0, 0.0, 0.0)    # its speed over the champion's, prompt by prompt, and the interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.fakes_capture import TARGET, FakeEngine, make_recorder
 from tide_pipeline.capture.reader import live_shards
+from tide_pipeline.capture.schema import SIGNALS_VERSION
 from tide_pipeline.contracts import SCHEMA_VERSION
 
 HERE = Path(__file__).parent
@@ -21,4 +22,6 @@ def test_parquet_schema(tmp_path: Path, dataset: str) -> None:
     recorder.close()
     (shard,) = live_shards(tmp_path / dataset, TARGET)
     text = str(pq.read_metadata(shard).schema).split("\n", 1)[1].strip()      # the first line holds an address
-    assert text == (HERE / f"lake_{dataset}_v{SCHEMA_VERSION}.txt").read_text().strip()
+    version = {"signals": SIGNALS_VERSION, "acceptance": SCHEMA_VERSION}[dataset]
+    assert text == (HERE / f"lake_{dataset}_v{version}.txt").read_text().strip()
+    assert set(pq.ParquetFile(shard).read(["schema_version"]).column(0).to_pylist()) == {version}

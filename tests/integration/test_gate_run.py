@@ -67,7 +67,9 @@ def test_the_better_draft_passes_and_its_report_is_kept(config: TideConfig, draf
     assert (verdict.champion, verdict.challenger, verdict.challenger_digest) == ("bad", "good", drafts["good"].draft_digest)
     assert set(report.paired.by_workload) == {"de", "py"} and report.paired.gain_low > 0.05
     assert report.paired.prompts == len(held_out_prompts(config, "de")), "not the requests that repeat them"
-    assert report.challenger_bench.prompts == 5 and report.challenger_bench.compared_tokens == 5 * 16
+    assert report.champion_bench is not None and report.champion_bench.prompts == report.challenger_bench.prompts == 4, "these are timed"
+    assert report.challenger_bench.compared_tokens == 5 * 16 and not report.champion_bench.compared_tokens, "the fifth is checked alone"
+    assert 0 < report.challenger_bench.over_champion[1] <= verdict.doors["benchmark"]["ratio"] == report.challenger_bench.over_champion[0]
     assert stages[0] == ("acceptance", 0.0) and ("benchmark", 1.0) in stages and stages[-1] == ("done", 1.0)
     assert load_report(config, drafts["good"].build_id) == report and load_verdict(config, drafts["good"].build_id) == verdict
 

@@ -22,7 +22,7 @@ from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.models.target import Target
 from tide_pipeline.rollout import by_hand, drive, plan, rollback
 from tide_pipeline.rollout import replicas as replicas_module
-from tide_pipeline.rollout.drive import Driver, advance
+from tide_pipeline.rollout.drive import Driver
 from tide_pipeline.rollout.initial import ensure_initial
 from tide_pipeline.rollout.plan import Kind
 from tide_pipeline.rollout.promote import promote, propose
@@ -184,14 +184,14 @@ def test_anyone_goes_on_with_a_rollout_whose_driver_was_killed(config: TideConfi
         gives_up = time.monotonic() + 30
         while stages(config)[-1] != "stable":
             assert time.monotonic() < gives_up, kinds
-            step = advance(config, "somebody else")
+            step = Driver(config, "somebody else").advance()
             if step.wrote:
                 kinds.append(step.action.kind)
             time.sleep(0.05)
     assert kinds == [Kind.WIDEN, Kind.SETTLE]
     last = DeploymentRecord(config.state.deployments, config.target).history()[-1]
     assert last.who == "somebody else" and last.reason.startswith("drift on de; v2-55555555 for '*': ")
-    assert advance(config, "somebody else").action.kind is Kind.NONE
+    assert Driver(config, "somebody else").advance().action.kind is Kind.NONE
 
 
 def test_two_drivers_at_a_time_are_one(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
@@ -215,7 +215,7 @@ def test_pause_resume_and_abort(config: TideConfig, champion: Deployment, challe
         assert (paused.n, paused.stage, paused.hold, paused.began) == (3, "canary", "paused", 2)
         ends = time.monotonic() + 1.5
         while time.monotonic() < ends:
-            step = advance(config, "sensor")
+            step = Driver(config, "sensor").advance()
             assert step.action.kind is Kind.WAIT and step.deployment == paused
             time.sleep(0.1)
         assert step.action.reason == "paused by me: lunch"
@@ -223,7 +223,7 @@ def test_pause_resume_and_abort(config: TideConfig, champion: Deployment, challe
         gives_up = time.monotonic() + 30
         while stages(config)[-1] != "rolling":
             assert time.monotonic() < gives_up
-            advance(config, "sensor")
+            Driver(config, "sensor").advance()
             time.sleep(0.05)
         done = by_hand.abort(config, who="me", reason="changed my mind")
         assert (done.stage, done.groups, done.who, done.reason) == ("rolled_back", champion.groups, "me", "changed my mind")
@@ -247,7 +247,7 @@ def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig,
         proposed = propose(config, challenger, passed(challenger), who="run 1", reason="drift on de")
         assert proposed.stage == "proposed" and propose(config, challenger, passed(challenger), who="run 2", reason="again") == proposed
         time.sleep(0.3)
-        assert replica.served["*"].build_id == champion.groups["rest"]["*"] and advance(config, "sensor").action.kind is Kind.NONE
+        assert replica.served["*"].build_id == champion.groups["rest"]["*"] and Driver(config, "sensor").advance().action.kind is Kind.NONE
         done = by_hand.approve(config, who="me", reason="looks good")
         assert replica.served["*"] == challenger
     assert stages(config) == ["stable", "proposed", "canary", "stable"] and "looks good" in done.reason

@@ -135,14 +135,14 @@ def test_foreign_and_garbled_shards_are_skipped_with_a_reason(tmp_path: Path) ->
     stray = write(tmp_path, "stray", target="other")
     stray.rename(good.parent / stray.name)
     table = pq.ParquetFile(good).read()
-    version_2 = table.set_column(0, table.schema.field(0), pa.array([2], pa.int32()))
-    pq.write_table(version_2, good.parent / "version2.parquet")
+    version_3 = table.set_column(0, table.schema.field(0), pa.array([3], pa.int32()))
+    pq.write_table(version_3, good.parent / "version3.parquet")
     index = list_windows(tmp_path / "signals", TARGET)
     assert names(index.windows) == ["good"]
     reasons = {path.name: reason for path, reason in index.skipped}
     assert "column 'schema_version' should be int32, is none" in reasons["foreign.parquet"]
     assert "target 'other'" in reasons[stray.name]
-    assert "upgrade" in reasons["version2.parquet"]
+    assert "upgrade" in reasons["version3.parquet"]
     assert len(reasons) == 4
 
 

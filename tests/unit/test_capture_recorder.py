@@ -227,6 +227,7 @@ def test_a_bad_event_costs_its_request_and_raises_nothing(recorder: Recorder, tm
     engine.open("bad", 2)
     engine.open("good", 2)
     engine.prefill("bad", 2)
+    engine.ring.next_slot()
     handle = engine.ring.put(torch.zeros(1, HIDDEN * TAPS), torch.zeros(1, HIDDEN))
     recorder.on_step([StepEvent("bad", StepKind.DECODE, 2, (1, 2), (3,), (), 0, "v1", 0, 1, 1.0, handle),
                       StepEvent("never opened", StepKind.DECODE, 2, (1, 2), (3,), (), 0, "v1", 0, 1, 1.0, handle)])

@@ -92,9 +92,19 @@ def test_without_a_champion_it_must_beat_no_speculation() -> None:
 
 
 @pytest.mark.parametrize("broken", [{"speedup": math.nan}, {"speedup_low": 0.0}, {"speedup_high": math.inf}, {"speedup_low": 9.0},
-                                    {"prompts": 3}])
+                                    {"prompts": 3}, {"over_champion": (1.5, math.nan, 1.6)}, {"over_champion": (1.5, 0.0, 1.6)}])
 def test_a_benchmark_without_figures_opens_nothing(broken: dict[str, float]) -> None:
     assert not benchmark_door(bench(), bench(**broken), SETTINGS)["passed"]
+    if "over_champion" not in broken:
+        assert not benchmark_door(bench(), bench(**broken, over_champion=(1.5, 1.4, 1.6)), SETTINGS)["passed"]
+
+
+def test_what_was_timed_prompt_by_prompt_decides() -> None:
+    """Both speed-ups are the same within a wide noise; beside each other the challenger is slower on every prompt."""
+    slower = benchmark_door(bench(1.5, 0.4), bench(1.45, 0.4, over_champion=(0.95, 0.93, 0.97)), SETTINGS)
+    assert not slower["passed"] and (slower["ratio"], slower["ratio_low"], slower["ratio_high"]) == (0.95, 0.93, 0.97)
+    assert benchmark_door(bench(1.5, 0.4), bench(1.45, 0.4), SETTINGS)["passed"]
+    assert benchmark_door(None, bench(1.5, over_champion=(0.5, 0.4, 0.6)), SETTINGS)["passed"], "there is none to be slower than"
 
 
 def test_one_wrong_token_closes_the_gate() -> None:

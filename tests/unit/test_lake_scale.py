@@ -24,6 +24,7 @@ from tide_pipeline.capture.layout import first_day, live_shards, newest_first, s
 from tide_pipeline.capture.newest import Newest
 from tide_pipeline.capture.reader import find_again, identity, list_windows
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA
+from tide_pipeline.capture.sink import Sink
 from tide_pipeline.capture.store import Stored, open_store
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import SignalWindow
@@ -116,11 +117,12 @@ def test_a_file_is_the_bytes_that_were_written_whatever_their_pieces(tmp_path: P
     store, whole = open_store(tmp_path), io.BytesIO()
     pieces = [bytes([i % 251]) * (i * 37 % 300_000) for i in range(60)]
 
-    def fill(stream: Any) -> None:
+    def fill(sink: Sink) -> None:
         for piece in pieces:
-            stream.write(piece)
+            sink.stream.write(piece)
+            sink.part_done()
             whole.write(piece)
-            assert stream.tell() == whole.tell()
+            assert sink.stream.tell() == whole.tell()
 
     put = store.put("made-{crc:08x}", fill)
     assert store.read_bytes(put.key) == whole.getvalue() and put.size == whole.tell()
@@ -128,8 +130,8 @@ def test_a_file_is_the_bytes_that_were_written_whatever_their_pieces(tmp_path: P
 
 
 def test_a_file_that_fails_half_way_leaves_nothing_and_says_why(tmp_path: Path) -> None:
-    def fill(stream: Any) -> None:
-        stream.write(b"x" * 1_000_000)
+    def fill(sink: Sink) -> None:
+        sink.stream.write(b"x" * 1_000_000)
         raise pa.ArrowInvalid("no such column")
 
     with pytest.raises(pa.ArrowInvalid, match="no such column"):

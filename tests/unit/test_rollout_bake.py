@@ -13,7 +13,7 @@ from hypothesis import given
 from tests.fakes_rollout import FakeReplica, write_engine
 from tide_pipeline.config import RolloutSettings
 from tide_pipeline.rollout.bake import Decision, Evidence, judge_bake
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, read_live, slowdown
+from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown
 from tide_pipeline.rollout.sequential import Gap
 
 SETTINGS = RolloutSettings()           # max_drop 0.10, min_bake_steps 30, min_bake_requests 8
@@ -108,16 +108,16 @@ def test_the_interval_covers_the_truth() -> None:
 
 def test_the_log_is_read_as_capture_writes_it(tmp_path: Path, tiny_dir: Path) -> None:
     config = write_engine(tmp_path, tiny_dir)
-    assert read_live(config, 0.0) == []
+    assert LiveLog(config).rows(0.0) == []
     replica = FakeReplica(config, "replica-0", traffic=False)
     with replica:
         replica.serve(3)
-    rows = read_live(config, 0.0)
+    rows = LiveLog(config).rows(0.0)
     assert len(rows) == 3 and {(r.workload, r.replica, r.draft_version, r.drafted) for r in rows} == {("de", "replica-0", "", 0)}
-    assert read_live(config, rows[-1].at + 1) == []
+    assert LiveLog(config).rows(rows[-1].at + 1) == []
     assert rows[0].emitted == 16 and rows[0].duration_ms == 30.0 and rows[0].finish_reason == "length"
     log = LiveLog(config)
     assert log.rows(0.0) == rows and log.rows(0.0)[0] is log.rows(rows[0].at)[0], "a shard is read once"
     shard = next(config.state.acceptance.rglob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-200] + b"x" * 196 + b"PAR1")
-    assert read_live(config, 0.0) == []
+    assert LiveLog(config).rows(0.0) == []

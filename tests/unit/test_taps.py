@@ -26,7 +26,7 @@ from tide_pipeline.contracts import EngineBuild, TapHandle
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine.outbox import Outbox
 from tide_pipeline.engine.tap_copies import BUFFERS, DeviceTapRing, tap_ring
-from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.taps import HOST_STEPS, UNREAD_ROWS, UNREAD_STEPS, HostTapRing, StepRing
 from tide_pipeline.models.target import Target
 
 CPU, D, ROWS = torch.device("cpu"), 2, 4
@@ -157,15 +157,47 @@ def test_whatever_the_copies_do_every_step_is_heard_once_in_order_with_its_own_r
 
 def test_the_ring_of_a_host_is_ready_at_once() -> None:
     ring = tap_ring(2, ROWS, D, 1, False, CPU)
-    assert type(ring) is TapRing
+    assert type(ring) is HostTapRing
     ring.next_slot()
     handle = ring.put(torch.ones(1, D), None)
     assert ring.ship() is None and handle is not None and ring.rows(handle).tolist() == [[1.0, 1.0]]
 
 
-@pytest.mark.parametrize("make", [lambda: TapRing(2, 6, D, 1, True), lambda: DeviceTapRing(2, 6, D, 1, True, CPU, HeldCopier())],
+def test_a_host_asks_to_be_read_before_rows_pile_up_or_are_lost() -> None:
+    """Rows of many steps are made at once; until `must_read` says so, the oldest handle is still good."""
+    ring, handles = HostTapRing(D, 1, False), list[TapHandle]()
+    while not ring.must_read:
+        ring.next_slot()
+        handle = ring.put(torch.full((2, D), float(len(handles))), None)
+        assert handle is not None
+        handles.append(handle)
+    assert len(handles) == UNREAD_STEPS
+    assert [ring.rows(handle)[:, 0].tolist() for handle in handles] == [[float(i)] * 2 for i in range(len(handles))]
+    assert not ring.must_read, "they have been read"
+    ring.next_slot()
+    ring.put(torch.zeros(UNREAD_ROWS, D), None)
+    assert ring.must_read, "a long prompt"
+    ring.clear()
+    assert not ring.must_read
+    with pytest.raises(KeyError):
+        ring.rows(handles[0])
+
+
+def test_rows_of_a_host_stay_for_a_sink_that_never_clears() -> None:
+    ring, first = HostTapRing(D, 1, False), None
+    for step in range(HOST_STEPS):
+        ring.next_slot()
+        handle = ring.put(torch.full((1, D), float(step)), None)
+        first = first or handle
+    assert first is not None and ring.rows(first).tolist() == [[0.0, 0.0]]
+    ring.next_slot()
+    with pytest.raises(KeyError):
+        ring.rows(first)
+
+
+@pytest.mark.parametrize("make", [lambda: HostTapRing(D, 1, True), lambda: DeviceTapRing(2, 6, D, 1, True, CPU, HeldCopier())],
                          ids=["host", "device"])
-def test_rows_that_a_step_keeps_are_put_together_and_told_apart(make: Callable[[], TapRing]) -> None:
+def test_rows_that_a_step_keeps_are_put_together_and_told_apart(make: Callable[[], StepRing]) -> None:
     ring = make()
     taps, final = torch.arange(12.0).view(6, 2), -torch.arange(12.0).view(6, 2)
     for kept in ([range(0, 2), range(3, 4), range(5, 6)], [range(0, 3), range(3, 6)], [range(2, 3)]):
@@ -198,7 +230,7 @@ class LossySink(RecordingSink):
 def engine_with_held_copies(folder: Path, build: EngineBuild, sink: RecordingSink) -> tuple[EmbeddedEngine, HeldCopier]:
     engine, copier = tiny_engine(folder, drafts=build, sink=sink, max_batch=3), HeldCopier()
     made = engine.ring
-    engine.ring = DeviceTapRing(8, made._rows_SRW.shape[1], made.hidden_size, made.num_taps, made.with_final, CPU, copier)
+    engine.ring = DeviceTapRing(8, 64, made.hidden_size, made.num_taps, made.with_final, CPU, copier)
     engine._runner.ring = sink.ring = engine.ring
     return engine, copier
 

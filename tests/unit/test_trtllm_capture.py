@@ -137,7 +137,14 @@ def test_greedy_requests_leave_sampling_unset() -> None:
     assert greedy["end_id"] == 7 and greedy["stop_token_ids"] == [8] and not {"temperature", "top_p", "top_k", "seed"} & greedy.keys()
     sampled = sampling_arguments(GenerationRequest("a", "x", SamplingParams(temperature=0.8, top_k=5, seed=3, ignore_eos=True)), (7, 8))
     assert (sampled["temperature"], sampled["top_k"], sampled["seed"], sampled["ignore_eos"]) == (0.8, 5, 3, True)
-    assert "top_p" not in sampled and "stop_token_ids" not in sampled
+    assert "stop_token_ids" not in sampled
+
+
+@pytest.mark.parametrize("how", [SamplingParams(temperature=0.8), SamplingParams(temperature=0.8, top_k=5),
+                                 SamplingParams(temperature=0.8, top_p=0.9)])
+def test_a_temperature_is_never_sent_alone(how: SamplingParams) -> None:
+    """With neither top_k nor top_p TensorRT-LLM decodes greedily, whatever the temperature."""
+    assert sampling_arguments(GenerationRequest("a", "x", how), ())["top_p"] == how.top_p
 
 
 def output(average: float | None, drafted: int = 0) -> Any:

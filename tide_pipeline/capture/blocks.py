@@ -16,25 +16,27 @@ BlockKey = tuple[str, int, bool]           # draft version, draft length, is it 
 
 @dataclass(slots=True)
 class _Block:
+    """`outcomes` counts steps by (drafted tokens, accepted of them); positions are worked out once, for the row."""
+
     num_steps: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    outcomes: dict[tuple[int, int], int] = field(default_factory=dict)
     emitted_tokens: int = 0
     batch_sizes: int = 0
     duration_ms: float = 0.0
 
     def add(self, event: StepEvent) -> None:
-        short = len(event.drafted) - len(self.drafted)
-        if short > 0:
-            self.drafted.extend([0] * short)
-            self.accepted.extend([0] * short)
-        for position in range(len(event.drafted)):
-            self.drafted[position] += 1
-            self.accepted[position] += position < event.accepted
+        outcome = (len(event.drafted), event.accepted)
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self.num_steps += 1
         self.emitted_tokens += len(event.emitted)
         self.batch_sizes += event.batch_size
         self.duration_ms += event.step_ms
+
+    def by_position(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Per position: steps that drafted a token there, and steps that accepted it."""
+        deepest = max((drafted for drafted, _ in self.outcomes), default=0)
+        return (tuple(sum(n for (drafted, _), n in self.outcomes.items() if drafted > position) for position in range(deepest)),
+                tuple(sum(n for (_, accepted), n in self.outcomes.items() if accepted > position) for position in range(deepest)))
 
 
 class AcceptanceBlocks:
@@ -56,7 +58,8 @@ class AcceptanceBlocks:
         self.drafted_steps += bool(event.drafted)
         self.accepted_first += event.accepted > 0
         key = (event.draft_version, event.draft_length, event.kind is StepKind.PROBE)
-        block = self._open.setdefault(key, _Block())
+        if (block := self._open.get(key)) is None:
+            block = self._open[key] = _Block()
         block.add(event)
         if block.num_steps >= self._block_steps:
             del self._open[key]
@@ -72,10 +75,11 @@ class AcceptanceBlocks:
 
     def _row(self, key: BlockKey, block: _Block, finish_reason: str, ttft_ms: float) -> AcceptanceRow:
         opened, (draft_version, draft_length, is_probe) = self._opened, key
+        drafted, accepted = block.by_position()
         return AcceptanceRow(
             time=self._clock(), request_id=opened.request_id, workload=opened.workload, tenant=opened.tenant, replica=self._replica,
             engine_digest=self._engine_digest, draft_version=draft_version, speculation=opened.speculation,
             temperature=opened.sampling.temperature, draft_length=draft_length, is_probe=is_probe, num_steps=block.num_steps,
-            drafted=tuple(block.drafted), accepted=tuple(block.accepted), emitted_tokens=block.emitted_tokens,
+            drafted=drafted, accepted=accepted, emitted_tokens=block.emitted_tokens,
             mean_batch_size=block.batch_sizes / max(1, block.num_steps), duration_ms=block.duration_ms,
             num_prompt_tokens=opened.num_prompt_tokens, finish_reason=finish_reason, ttft_ms=ttft_ms)

@@ -1,7 +1,6 @@
 """Decide which requests' states are stored: Algorithm 1 of the paper, made safe. Pure: no clock, no files, no tensors.
 
-Per workload two EMAs follow acceptance (first-position rate of each finished request that drafted):
-    ema_t = lambda * ema_(t-1) + (1 - lambda) * alpha_t          both begin at the mean of the first N_init requests
+Per workload two EMAs (emas.py) follow acceptance: first-position rate of each finished request that drafted.
 collecting starts when   short < reference - eps                 reference = long, or the best long EMA since the draft changed
 collecting stops when    short >= reference - eps / 2  and  short >= HEALTHY_RATE
 The best EMA makes slow decay visible, which the difference of two EMAs can't see. The floor keeps a workload that was never served
@@ -13,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tide_pipeline.capture.change import PageHinkley
+from tide_pipeline.capture.emas import Emas
 from tide_pipeline.config import CaptureSettings
 
 ALWAYS_SHARE = 0.1                 # of a workload's requests is collected anyway in auto mode
@@ -25,11 +25,8 @@ class _Watch:
     """One workload since its draft last changed."""
 
     change: PageHinkley
+    emas: Emas
     collecting: bool = True
-    seen: int = 0
-    total: float = 0.0             # of the first N_init
-    short: float = 0.0
-    long: float = 0.0
     best: float = 0.0              # highest long EMA, once it remembers enough requests to be a bar
     asked: int = 0                 # requests that asked should_collect
 
@@ -47,21 +44,16 @@ class CollectionControl:
     def observe(self, workload: str, acceptance: float) -> None:
         """Tell the first-position rate of a finished request that drafted."""
         s, watch = self._settings, self._watch(workload)
-        watch.seen += 1
-        if watch.seen <= s.init_requests:
-            watch.total += acceptance
-            watch.short = watch.long = watch.total / watch.seen
-        else:
-            watch.short = s.ema_short * watch.short + (1 - s.ema_short) * acceptance
-            watch.long = s.ema_long * watch.long + (1 - s.ema_long) * acceptance
-        if watch.seen < s.init_requests:
+        emas = watch.emas
+        emas.update(acceptance)
+        if emas.seen < s.init_requests:
             return
-        if watch.seen * (1 - s.ema_long) >= 1:     # eight lucky requests must not set a bar that nothing reaches again
-            watch.best = max(watch.best, watch.long)
-        reference = max(watch.long, watch.best)
-        if watch.change.update(acceptance) or watch.short < reference - s.epsilon:
+        if emas.remembers:                         # eight lucky requests must not set a bar that nothing reaches again
+            watch.best = max(watch.best, emas.long)
+        reference = max(emas.long, watch.best)
+        if watch.change.update(acceptance) or emas.short < reference - s.epsilon:
             watch.collecting = True
-        elif watch.short >= max(reference - s.epsilon / 2, HEALTHY_RATE):
+        elif emas.short >= max(reference - s.epsilon / 2, HEALTHY_RATE):
             watch.collecting = False
 
     def should_collect(self, workload: str, tenant: str, now: float | None = None) -> bool:
@@ -95,13 +87,13 @@ class CollectionControl:
         out: dict[str, int | float | bool] = {"collected_bytes_this_hour": self._spent_bytes}
         for name, watch in self._watches.copy().items():
             out |= {f"collecting.{name}": self._settings.mode == "on" or (self._settings.mode == "auto" and watch.collecting),
-                    f"ema_short.{name}": watch.short, f"ema_long.{name}": watch.long, f"ema_best.{name}": watch.best,
-                    f"observed_requests.{name}": watch.seen}
+                    f"ema_short.{name}": watch.emas.short, f"ema_long.{name}": watch.emas.long, f"ema_best.{name}": watch.best,
+                    f"observed_requests.{name}": watch.emas.seen}
         return out
 
     def _watch(self, workload: str) -> _Watch:
         s = self._settings
-        watch = self._watches.pop(workload, None) or _Watch(PageHinkley(s.change_delta, s.change_threshold))
+        watch = self._watches.pop(workload, None) or _Watch(PageHinkley(s.change_delta, s.change_threshold), Emas(s))
         self._watches[workload] = watch            # most recently seen last
         if len(self._watches) > MAX_WORKLOADS:
             del self._watches[next(iter(self._watches))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tide_pipeline.capture.digests import window_digest
 from tide_pipeline.capture.rows import write_words
-from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, token_bytes
+from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA, SIGNALS_VERSION
 from tide_pipeline.capture.windows import ClosedWindow
 from tide_pipeline.contracts import SCHEMA_VERSION, AcceptanceRow
 
@@ -44,32 +44,25 @@ def signals_tables(windows: Sequence[ClosedWindow]) -> Iterator[Any]:
         yield _signals_table(group)
 
 
-def window_digest(token_ids: Sequence[int], taps: Any, final: Any | None) -> str:
-    """SHA-256 over the int32 tokens, the taps' bytes and the final states' bytes."""
-    digest = hashlib.sha256(token_bytes(token_ids))
-    digest.update(taps)
-    if final is not None:
-        digest.update(final)
-    return digest.hexdigest()
-
-
 def _signals_table(windows: Sequence[ClosedWindow]) -> Any:
     taps = _StateColumn([w.num_rows * w.num_taps * w.hidden_size * 2 for w in windows])
     final = _StateColumn([w.num_rows * w.hidden_size * 2 if w.with_final else None for w in windows])
+    tokens = [np.asarray(window.token_ids, "<i4") for window in windows]
     digests = []
     for i, window in enumerate(windows):
         width_G = window.num_taps * window.hidden_size
         write_words(window.words, slice(width_G), taps.cell(i))
         if window.with_final:
             write_words(window.words, slice(width_G, None), final.cell(i))
-        digests.append(window_digest(window.token_ids, taps.cell(i), final.cell(i) if window.with_final else None))
+        digests.append(window_digest(tokens[i], taps.cell(i), final.cell(i) if window.with_final else None))
     columns: dict[str, Any] = {name: [_text(getattr(w, name)) for w in windows]
                                for name in ("request_id", "tenant", "workload", "draft_version", "engine_digest", "speculation",
                                             "prompt_digest")}
     columns |= {name: [getattr(w, name) for w in windows]
-                for name in ("start_pos", "num_rows", "num_prompt_tokens", "token_ids", "hidden_size", "num_taps")}
+                for name in ("start_pos", "num_rows", "num_prompt_tokens", "hidden_size", "num_taps")}
     columns |= {
-        "schema_version": [SCHEMA_VERSION] * len(windows),
+        "schema_version": [SIGNALS_VERSION] * len(windows),
+        "token_ids": _lists(tokens, SIGNALS_SCHEMA.field("token_ids").type),
         "sampling": [{"temperature": w.sampling.temperature, "top_p": w.sampling.top_p, "top_k": w.sampling.top_k,
                       "seed": _int64(w.sampling.seed)} for w in windows],
         "rejected": [[{"position": p, "token": t} for p, t in w.rejected] for w in windows],
@@ -80,19 +73,33 @@ def _signals_table(windows: Sequence[ClosedWindow]) -> Any:
 
 
 class _StateColumn:
-    """A large_binary column whose cells are written in place: states are copied once on their way to Parquet."""
+    """A large_binary column whose cells are written in place: states are copied once on their way to Parquet.
+
+    Its memory is pyarrow's, which keeps what was freed: fresh pages from the kernel cost more than the copy.
+    """
 
     def __init__(self, sizes: Sequence[int | None]) -> None:
         self._is_valid = np.array([size is not None for size in sizes])
-        self._offsets = np.concatenate(([0], np.cumsum([size or 0 for size in sizes]))).astype(np.int64)
-        self._data: NDArray[np.uint8] = np.empty(int(self._offsets[-1]), dtype=np.uint8)
+        self._offsets = _offsets([size or 0 for size in sizes]).astype(np.int64)
+        self._buffer = pa.allocate_buffer(int(self._offsets[-1]))
+        self._data: NDArray[np.uint8] = np.frombuffer(self._buffer, np.uint8)
 
     def cell(self, i: int) -> NDArray[np.uint8]:
         return self._data[self._offsets[i]:self._offsets[i + 1]]
 
     def array(self) -> Any:
         valid = None if self._is_valid.all() else pa.py_buffer(np.packbits(self._is_valid, bitorder="little"))
-        return pa.Array.from_buffers(pa.large_binary(), len(self._is_valid), [valid, pa.py_buffer(self._offsets), pa.py_buffer(self._data)])
+        return pa.Array.from_buffers(pa.large_binary(), len(self._is_valid), [valid, pa.py_buffer(self._offsets), self._buffer])
+
+
+def _lists(values: Sequence[NDArray[np.int32]], kind: Any) -> Any:
+    offsets = _offsets([len(v) for v in values]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)), type=kind)
+
+
+def _offsets(sizes: Sequence[int]) -> NDArray[np.int64]:
+    offsets: NDArray[np.int64] = np.concatenate(([0], np.cumsum(sizes)))
+    return offsets
 
 
 def _text(value: object) -> str:

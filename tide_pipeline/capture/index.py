@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.names import TARGET_KEY, written_at
 from tide_pipeline.capture.schema import SIGNALS_SCHEMA
 from tide_pipeline.capture.store import Stored
-from tide_pipeline.contracts import SCHEMA_VERSION, SignalWindow
+from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard
 
 MAX_REMEMBERED = 150_000           # windows, of about half a KiB
@@ -77,8 +78,8 @@ def _read(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
     with shard.open() as stream, parquet_file(stream, page_checksum_verification=True) as file:
         _check_schema(file, target)
         table = file.read(columns=list(_COLUMNS), use_threads=False)
-    if other := set(table.column("schema_version").to_pylist()) - {SCHEMA_VERSION}:
-        raise CorruptShard(f"schema version {other}, this code reads {SCHEMA_VERSION}: upgrade tide_pipeline")
+    if other := set(table.column("schema_version").to_pylist()) - set(DIGESTS):
+        raise CorruptShard(f"schema version {other}, this code reads {sorted(DIGESTS)}: upgrade tide_pipeline")
     columns = {name: table.column(name).to_pylist() for name in _PLAIN}
     columns |= {name: [sys.intern(value) for value in table.column(name).to_pylist()] for name in _SHARED}
     columns |= {name: pc.struct_field(table.column("sampling"), name).to_pylist() for name in ("temperature", "top_k", "top_p")}

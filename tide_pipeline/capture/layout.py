@@ -27,7 +27,8 @@ from tide_pipeline.capture.names import (
     target_of,
     written_at,
 )
-from tide_pipeline.capture.store import Root, Store, Stored, is_leftover, open_store
+from tide_pipeline.capture.sink import is_leftover
+from tide_pipeline.capture.store import Root, Store, Stored, open_store
 from tide_pipeline.errors import LakeError
 
 __all__ = ["SUPERSEDES_KEY", "TARGET_KEY", "Listing", "Vanished", "live_shards", "scan", "settled", "survey", "targets", "written_at"]

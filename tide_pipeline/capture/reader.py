@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tide_pipeline.capture.encode import window_digest
+from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
 
-_STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest")
+_STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest",
+           "schema_version")
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
     if len(token_ids) != num_rows + 1 or taps.size != num_rows * num_taps * hidden_size * 2 or (
             final is not None and final.size != num_rows * hidden_size * 2):
         return f"{num_rows} rows of {num_taps} x {hidden_size} values don't fit {len(token_ids)} tokens and {taps.size} bytes of taps"
-    if window_digest(token_ids, taps, final) != cell["digest"].as_py():
+    if DIGESTS[cell["schema_version"].as_py()](token_ids, taps, final) != cell["digest"].as_py():
         return "its digest does not match: the file was altered or damaged"
     return WindowStates(window, torch.from_numpy(token_ids.astype(np.int64)), bf16_tensor(taps, num_rows),
                         None if final is None else bf16_tensor(final, num_rows), _rejected(cell["rejected"].values))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 _TIME = pa.timestamp("us", tz="UTC")
-_STATE_COLUMNS = ("taps", "final")
+STATE_COLUMNS = ("taps", "final")
+
+SIGNALS_VERSION = 2                # of the rows of signals/; 1 had the same columns and another digest (digests.py)
 
 
 def _required(name: str, kind: Any) -> Any:
@@ -89,9 +91,9 @@ def parquet_options(schema: Any) -> dict[str, Any]:
     Statistics over states, tokens or prompt digests would put user data into the footer. Every page carries a CRC, because
     drift and training read some columns only, and the file's CRC says nothing of a part.
     """
-    small = [path for path in _leaf_paths(schema) if path not in _STATE_COLUMNS]
+    small = [path for path in _leaf_paths(schema) if path not in STATE_COLUMNS]
     return {
-        "compression": {path: "NONE" if path in _STATE_COLUMNS else "LZ4" for path in _leaf_paths(schema)},
+        "compression": {path: "NONE" if path in STATE_COLUMNS else "LZ4" for path in _leaf_paths(schema)},
         "write_page_checksum": True,
         "use_dictionary": [path for path in small if path not in ("digest", "token_ids.list.element")],
         "write_statistics": [path for path in small if "token" not in path and path != "prompt_digest"],

@@ -7,15 +7,17 @@ windows that they were trained on by shard and row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from tide_pipeline.capture.checksums import Span
 from tide_pipeline.capture.encryption import for_writing
 from tide_pipeline.capture.names import ORIGINS_KEY, SUPERSEDES_KEY, TARGET_KEY, is_compact
-from tide_pipeline.capture.schema import SIGNALS_SCHEMA, parquet_options
+from tide_pipeline.capture.schema import SIGNALS_SCHEMA, STATE_COLUMNS, parquet_options
+from tide_pipeline.capture.sink import Sink
 from tide_pipeline.capture.store import Store, Stored
 
 Address = tuple[str, int]                  # file name and row
@@ -49,16 +51,29 @@ def _write(store: Store, key: str, target: str, schema: Any, parts: Iterable[tup
 
     options = parquet_options(schema) | (for_writing() if schema.equals(SIGNALS_SCHEMA) else {})
 
-    def fill(stream: Any) -> None:
-        origins = []
-        with pq.ParquetWriter(stream, with_footer, **options) as writer:
+    def fill(sink: Sink) -> None:
+        origins: list[Sequence[Origin] | None] = []
+        written: list[Any] = []
+        with pq.ParquetWriter(sink.stream, with_footer, metadata_collector=written, **options) as writer:
             for table, rows in parts:
                 writer.write_table(table.replace_schema_metadata(metadata))
+                sink.part_done()
                 origins.append(rows)
             if more:
                 writer.add_key_value_metadata({ORIGINS_KEY.decode(): json.dumps(_runs(chain(*(rows or () for rows in origins))))})
 
+        if "encryption_properties" not in options:         # it encrypts page headers too
+            sink.pages += _plain_pages(written[0])
+
     return store.put(key, fill)
+
+
+def _plain_pages(metadata: Any) -> Iterator[Span]:
+    """Where the bulk of a shard lies: columns of plain pages, which carry their CRC."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in STATE_COLUMNS:
+                yield column.data_page_offset, column.total_compressed_size
 
 
 def _runs(origins: Iterable[Origin]) -> list[list[Any]]:

@@ -1,19 +1,15 @@
 """A folder of files on local disk or in an S3 bucket, through pyarrow.fs. Knows whole files; knows no Parquet.
 
-A file is complete or absent. Locally it is written and synced beside its place and renamed: mode 0600, folders 0700. For a bucket it is
-finished in memory and sent under its final name: one PUT up to 5 MiB, above that one multipart upload, which S3 shows when it is complete.
+A file is complete or absent: on a local disk see sink.py. For a bucket it is finished in memory and sent under its final name: one PUT up
+to 5 MiB, above that one multipart upload, which S3 shows when it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
-import re
-import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
+from tide_pipeline.capture.checksums import file_crc
 from tide_pipeline.capture.names import sealed
+from tide_pipeline.capture.sink import Fill, Sink, put_local
 from tide_pipeline.errors import LakeError
 
 Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
@@ -30,7 +28,6 @@ MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
 ONE_PUT = 5 * 2**20                        # above it pyarrow makes an upload of several parts
 S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
 S3_ATTEMPTS = 3
-PIECE = 1 << 18                            # bytes of small writes that go to a local disk together
 
 
 @dataclass(frozen=True)
@@ -102,22 +99,23 @@ class Store:
     def open(self, key: str) -> Any:
         return self.fs.open_input_file(self._path(key))
 
-    def put(self, key: str, fill: Callable[[Any], object]) -> Stored:
-        """A new file with what `fill` writes into the stream it is given, named `names.sealed(key, its CRC)`. A failure leaves nothing.
+    def put(self, key: str, fill: Fill) -> Stored:
+        """A new file with what `fill` writes into the sink it is given, named `names.sealed(key, its CRC)`. A failure leaves nothing.
 
         Raises OSError when disk or bucket refuse, LakeError for an object above MAX_OBJECT.
         """
         if self.is_local:
-            return Stored(self, *_put_local(Path(self.base), key, fill), 0)
-        sink = pa.BufferOutputStream()
+            return Stored(self, *put_local(Path(self.base), key, fill), 0)
+        sink = Sink(pa.BufferOutputStream())
         fill(sink)
-        data = sink.getvalue()
-        place = sealed(key, zlib.crc32(data))
+        data = sink.stream.getvalue()
+        bytes_ = memoryview(data)
+        place = sealed(key, file_crc(lambda at, count: bytes_[at:at + count], data.size, sink.pages))
         self._put_object(place, data)
         return Stored(self, place, data.size, 0)
 
     def put_bytes(self, key: str, data: bytes) -> Stored:
-        return self.put(key, lambda stream: stream.write(data))
+        return self.put(key, lambda sink: sink.stream.write(data))
 
     def read_bytes(self, key: str) -> bytes:
         with self.open(key) as stream:
@@ -218,73 +216,3 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
         return entry.stat()
     except FileNotFoundError:
         return None
-
-
-class _Counted(io.RawIOBase):
-    """A file that is being written, and the CRC of what was: pages go to the disk as they are made."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self.crc = self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        self.crc = zlib.crc32(left, self.crc)
-        self.size += size
-        while left:
-            left = left[os.write(self._handle, left):]
-        return size
-
-
-def _put_local(base: Path, key: str, fill: Callable[[Any], object]) -> tuple[str, int]:
-    """Key and size of a new file."""
-    folder = (base / key).parent
-    _make_folders(base, folder)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        try:
-            sink = _Counted(handle)
-            with pa.BufferedOutputStream(pa.PythonFile(sink, mode="w"), PIECE) as stream:
-                fill(stream)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        place = sealed(key, sink.crc)
-        os.replace(temporary, base / place)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(folder)
-    return place, sink.size
-
-
-def _make_folders(base: Path, folder: Path) -> None:
-    """`base` and what lies between it and `folder`, for this user alone."""
-    if folder.is_dir():
-        return
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for path in (base, *reversed([p for p in (folder, *folder.parents) if base in p.parents])):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-            _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename last through a power cut; file systems that can't are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file is what a crash left of a local `put`."""
-    return re.fullmatch(r"\..*\.tmp", name) is not None

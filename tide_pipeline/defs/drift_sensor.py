@@ -56,7 +56,7 @@ def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mappi
     """The workload to adapt to now (the surest, largest drop first), or why there is none."""
     from tide_pipeline.capture.reader import count_rows
 
-    served = _served(config, now) if any(verdict.drifted for verdict in verdicts) else {}
+    served: dict[str, float] | None = None                               # read once, and only when something may be begun
     waiting = []
     for verdict in sorted(verdicts, key=lambda v: -v.drop_low):
         episode = episodes[verdict.workload]
@@ -64,7 +64,10 @@ def choose(config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mappi
             waiting.append(f"{verdict.workload}: {verdict.reason}")
             continue
         rows = count_rows(config.state.signals, config.target, workloads={verdict.workload}, since=episode.since)
-        wait = why_wait(episode, rows, now, config.drift) or _why_not_worth(config, verdict, served)
+        wait = why_wait(episode, rows, now, config.drift)
+        if not wait:
+            served = served if served is not None else _served(config, now)
+            wait = _why_not_worth(config, verdict, served)
         if not wait:
             return verdict, ""
         waiting.append(f"{verdict.workload}: {wait} ({verdict.reason})")

@@ -92,4 +92,3 @@ def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adapt
         answer_request(registry, version, f"{told} by the gate")
     except (RegistryError, BuildError) as error:
         context.log.warning(f"the verdict is not in the registry: {error}")
-

@@ -55,11 +55,17 @@ def write_observed(observed: Path, state: ObservedState) -> None:
 
 def read_observed(observed: Path, target: str) -> dict[str, ObservedState]:
     """By replica; a file that is being removed or can't be parsed is left out."""
-    found = {}
-    for path in (observed / target).glob("*.json"):
-        try:
-            state = from_json(ObservedState, path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError, TypeError):
-            continue
-        found[state.replica] = state
-    return found
+    states = [_observed(path) for path in (observed / target).glob("*.json")]
+    return {state.replica: state for state in states if state is not None}
+
+
+def read_replica(observed: Path, target: str, replica: str) -> ObservedState | None:
+    """What one replica last reported; None when it never did, or its file can't be parsed."""
+    return _observed(observed / target / f"{replica}.json")
+
+
+def _observed(path: Path) -> ObservedState | None:
+    try:
+        return from_json(ObservedState, path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None

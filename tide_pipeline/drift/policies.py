@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tide_pipeline.capture.change import PageHinkley
+from tide_pipeline.capture.emas import Emas
 from tide_pipeline.config import CaptureSettings, DriftSettings
 from tide_pipeline.drift.acceptance import MIN_REQUESTS, REACH
 from tide_pipeline.drift.adwin import Adwin
@@ -133,20 +134,14 @@ class LevelEma:
 
 
 class Paper:
-    """Algorithm 1: both EMAs begin at the mean of the first values."""
+    """Algorithm 1 over slots: silent until the EMAs have begun."""
 
     def __init__(self, settings: CaptureSettings) -> None:
-        self._s, self._first = settings, list[float]()
-        self._short = self._long = 0.0
+        self._epsilon, self._emas = settings.epsilon, Emas(settings)
 
     def update(self, slot: Slot) -> bool:
-        if len(self._first) < self._s.init_requests:
-            self._first.append(slot.rate)
-            self._short = self._long = sum(self._first) / len(self._first)
-            return False
-        self._short = self._s.ema_short * self._short + (1 - self._s.ema_short) * slot.rate
-        self._long = self._s.ema_long * self._long + (1 - self._s.ema_long) * slot.rate
-        return self._short < self._long - self._s.epsilon
+        self._emas.update(slot.rate)
+        return self._emas.short < self._emas.long - self._epsilon      # they are equal while they begin
 
 
 class Alarm:

@@ -19,8 +19,7 @@ from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.control import Plan
 from tide_pipeline.engine.sampling import Purpose, distribution, draw, uniform
 from tide_pipeline.engine.stopping import Lengths
-from tide_pipeline.errors import BuildError
-from tide_pipeline.models.checkpoint import DraftIdentity, digest_draft, load_draft
+from tide_pipeline.models.checkpoint import DraftIdentity, checked_digest, load_draft
 from tide_pipeline.models.eagle3 import DraftRunner
 from tide_pipeline.models.target import Target
 
@@ -59,10 +58,7 @@ class ResidentDraft:
         folder = Path(build.path) / "draft"
         identity = DraftIdentity(target.spec.name, target.digest, target.spec.capture_layers)
         self.build = build
-        self.digest = digest_draft(folder)
-        if build.draft_digest and build.draft_digest != self.digest:
-            raise BuildError(f"draft {folder} has digest {self.digest[:16]}, build {build.build_id} names {build.draft_digest[:16]}: "
-                             "it was altered, build it again with `tide build`")
+        self.digest = checked_digest(folder, build)
         self.runner = DraftRunner(load_draft(folder, target.shape, identity), target.embedding_VD)
         self.cache = self.runner.new_cache(slots, positions)
         self.members: list[ActiveRequest] = []

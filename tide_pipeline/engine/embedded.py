@@ -34,15 +34,14 @@ from tide_pipeline.engine.drafts import NOTHING, ResidentDraft
 from tide_pipeline.engine.ledger import Ledger
 from tide_pipeline.engine.outbox import Outbox
 from tide_pipeline.engine.profile import profile_step_costs
-from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream
+from tide_pipeline.engine.protocol import EngineStats, NullSink, Sink, TokenStream, told
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.step import StepRunner
 from tide_pipeline.engine.survival import RequestSurvival
 from tide_pipeline.engine.tap_copies import tap_ring
 from tide_pipeline.engine.text import TextCodec, TextStream
-from tide_pipeline.engine.validate import validate
+from tide_pipeline.engine.validate import check_room, validate
 from tide_pipeline.engine_spec import EngineSpec
-from tide_pipeline.errors import EngineClosed, InvalidRequest, QueueFull
 from tide_pipeline.models.device import device_of
 from tide_pipeline.models.target import Target
 
@@ -105,12 +104,7 @@ class EmbeddedEngine:
         stream = TokenStream(request.request_id, self._cancel, on_chunk)
         active = ActiveRequest(request, stream, TextStream(self.codec, request.sampling.stop), prompt, len(prompt), fixed)
         with self._wake:
-            if self._closed:
-                raise EngineClosed("the engine is shutting down: send the request to another replica")
-            if request.request_id in self._requests:
-                raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request: choose another")
-            if len(self._waiting) >= self.serve.queue_size:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
+            check_room(request.request_id, self._requests, len(self._waiting), self.serve.queue_size, self._closed)
             self._requests[request.request_id] = active
             self._waiting.append(active)
             self._wake.notify()
@@ -135,17 +129,14 @@ class EmbeddedEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot; may be one step old."""
-        running, drafts, done = list(self._running), dict(self._drafts), self._ledger
+        running, drafts = list(self._running), dict(self._drafts)
         rates = {tag: self.control.survival(tag, d.build.draft_version).rates()[0] for tag, d in drafts.items()}
         return EngineStats(
             engine_digest=self.target.digest, running=len(running) + (self._prefilling is not None), waiting=len(self._waiting),
             kv_tokens_used=sum(r.consumed for r in running), kv_tokens_total=self.serve.max_batch * self.positions,
-            requests_finished=done.finished, requests_failed=done.failed, tokens_out=done.tokens, prompt_tokens=done.prompt_tokens,
-            target_steps=done.steps, verify_steps=done.verify_steps, drafted_tokens=done.drafted, accepted_tokens=done.accepted,
-            speculation_on_s=done.on_ms / 1e3, speculation_off_s=done.off_ms / 1e3, probe_s=self.control.spent_ms / 1e3,
-            sink_errors=done.sink_errors, drafts={tag: d.build.draft_version for tag, d in drafts.items()},
-            draft_length_steps=dict(done.depth_steps), first_position_rate=rates, step_ms=self.control.costs.table(),
-            dropped_tap_rows=self.ring.dropped_rows)
+            probe_s=self.control.spent_ms / 1e3, drafts={tag: d.build.draft_version for tag, d in drafts.items()},
+            first_position_rate=rates, step_ms=self.control.costs.table(), dropped_tap_rows=self.ring.dropped_rows,
+            **self._ledger.stats())
 
     def close(self) -> None:
         """Stop; requests in flight are told "cancelled"."""
@@ -166,12 +157,17 @@ class EmbeddedEngine:
     def _loop(self) -> None:
         torch.set_num_threads(self.serve.threads)
         while True:
+            if not self._has_work():
+                self._sink(lambda: self.sink.on_idle())            # of the sink that there is then
             with self._wake:
-                while not (self._closed or self._waiting or self._prefilling or self._running or self._outbox):
+                while not (self._closed or self._has_work()):
                     self._wake.wait()
                 if self._closed:
                     return
             self.step()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._running or self._outbox)
 
     def step(self) -> None:
         """One prompt chunk, if a request waits for a slot that is free, then one step of all running requests."""
@@ -238,7 +234,7 @@ class EmbeddedEngine:
         events = [v.event(plan, len(running), (ended - began) * 1e3) for v in verdicts]
         for v in verdicts:
             v.request.observe(len(v.emitted), len(v.drafted), v.accepted, v.confidences)
-            self._ledger.request_step(len(v.drafted), v.accepted)
+            self._ledger.request_steps(1, len(v.drafted) > 0, len(v.drafted), v.accepted)
         self._outbox.post(lambda: self.sink.on_step(events), self.ring.ship())
         for v in verdicts:
             self._advance(v.request, v.emitted, v.text)
@@ -336,9 +332,6 @@ class EmbeddedEngine:
 
     def _sink(self, call: Callable[[], None]) -> None:
         """A sink that raises is replaced: serving goes on, and the count says so."""
-        try:
-            call()
-        except Exception:
-            log.exception("the capture sink failed: it is switched off, serving goes on without capture")
+        if not told(call):
             self._ledger.sink_errors += 1
             self.sink, self.ring.is_read = NullSink(), False

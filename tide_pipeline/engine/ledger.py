@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -23,15 +24,8 @@ class Ledger:
     off_ms: float = 0.0
     depth_steps: Counter[int] = field(default_factory=Counter)     # engine steps by passes of the draft
 
-    def request_step(self, drafted: int, accepted: int) -> None:
-        """One request's share of a step."""
-        self.steps += 1
-        self.verify_steps += drafted > 0
-        self.drafted += drafted
-        self.accepted += accepted
-
     def request_steps(self, steps: int, verify_steps: int, drafted: int, accepted: int) -> None:
-        """All steps of a request at once."""
+        """One step of a request, or several at once."""
         self.steps += steps
         self.verify_steps += verify_steps
         self.drafted += drafted
@@ -43,3 +37,10 @@ class Ledger:
             self.on_ms += ms
         else:
             self.off_ms += ms
+
+    def stats(self) -> dict[str, Any]:
+        """Its share of an `engine.protocol.EngineStats`, by field."""
+        return {"requests_finished": self.finished, "requests_failed": self.failed, "tokens_out": self.tokens,
+                "prompt_tokens": self.prompt_tokens, "target_steps": self.steps, "verify_steps": self.verify_steps,
+                "drafted_tokens": self.drafted, "accepted_tokens": self.accepted, "speculation_on_s": self.on_ms / 1e3,
+                "speculation_off_s": self.off_ms / 1e3, "sink_errors": self.sink_errors, "draft_length_steps": dict(self.depth_steps)}

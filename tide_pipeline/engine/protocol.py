@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Protocol
 
 from tide_pipeline.contracts import EngineBuild, GenerationRequest, RequestClosed, RequestOpened, StepEvent, TokenChunk
 from tide_pipeline.engine.taps import TapRing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,10 @@ class Sink(Protocol):
 
     def on_close(self, closed: RequestClosed) -> None: ...
 
+    def on_idle(self) -> None:
+        """No request runs or waits: time for what was put off."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -69,7 +76,19 @@ class NullSink:
 
     def on_close(self, closed: RequestClosed) -> None: ...
 
+    def on_idle(self) -> None: ...
+
     def close(self) -> None: ...
+
+
+def told(call: Callable[[], None]) -> bool:
+    """Make a call to a sink. False: it raised, and is to be replaced by a NullSink."""
+    try:
+        call()
+    except Exception as error:                     # its text could quote a prompt
+        log.error("the capture sink failed (%s): it is switched off, serving goes on without capture", type(error).__name__)
+        return False
+    return True
 
 
 class TokenStream:

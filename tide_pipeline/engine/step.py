@@ -12,7 +12,7 @@ from tide_pipeline.engine.control import Plan
 from tide_pipeline.engine.drafts import Proposal, Round
 from tide_pipeline.engine.request import ActiveRequest
 from tide_pipeline.engine.sampling import Purpose, accept_greedy, accept_sampled, distribution, draw, uniform
-from tide_pipeline.engine.taps import TapRing
+from tide_pipeline.engine.taps import StepRing
 from tide_pipeline.models.layers import KVCache
 from tide_pipeline.models.target import Target
 
@@ -40,7 +40,7 @@ class Verdict:
 class StepRunner:
     """Target, its cache and the tap ring, for one engine thread. `meanwhile` is called while a GPU verifies."""
 
-    def __init__(self, target: Target, cache: KVCache, ring: TapRing, meanwhile: Callable[[], None]) -> None:
+    def __init__(self, target: Target, cache: KVCache, ring: StepRing, meanwhile: Callable[[], None]) -> None:
         self.target, self.cache, self.ring, self._meanwhile = target, cache, ring, meanwhile
 
     def prefill(self, r: ActiveRequest, chunk: Sequence[int]) -> tuple[TapHandle | None, int | None]:

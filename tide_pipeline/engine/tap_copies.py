@@ -10,7 +10,9 @@ the rows of a step are dropped and counted.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_pipeline.contracts import TapHandle
-from tide_pipeline.engine.taps import Parcel, TapRing
+from tide_pipeline.engine.taps import HostTapRing, Parcel, StepRing
+from tide_pipeline.models.device import to_device
 
 BUFFERS = 2
 
@@ -62,12 +65,14 @@ class StreamCopier:
         return event
 
 
-class DeviceTapRing(TapRing):
-    """As `TapRing`, with rows on a device. A handle is good from its parcel's arrival to its release."""
+class DeviceTapRing(StepRing):
+    """`slots` buffers of `rows` rows on a device. A handle is good from its parcel's arrival to its release."""
 
     def __init__(self, slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool, device: torch.device,
                  copier: Copier) -> None:
-        super().__init__(slots, rows, hidden_size, num_taps, with_final, device)
+        super().__init__(hidden_size, num_taps, with_final)
+        self._rows_SRW = torch.zeros(slots, rows, self.width, dtype=torch.bfloat16, device=device)
+        self._slot, self._fill = -1, 0
         self._copier = copier
         self._host = [copier.room(rows, self.width) for _ in range(BUFFERS)]
         self._free = list(range(BUFFERS))
@@ -82,10 +87,33 @@ class DeviceTapRing(TapRing):
             self._slot = following
 
     def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
-        if self._is_full and self.is_read:
-            self.dropped_rows += len(taps_NG)
+        if not self.is_read:
             return None
-        return super().put(taps_NG, final_ND)
+        n = len(taps_NG)
+        if self._is_full:
+            self.dropped_rows += n
+            return None
+        start, stop = self._fill, self._fill + n
+        assert stop <= self._rows_SRW.shape[1], "more rows in a step than the ring was sized for"
+        target = self._rows_SRW[self._slot, start:stop]
+        target[:, : taps_NG.shape[1]] = taps_NG
+        if self.with_final:
+            assert final_ND is not None
+            target[:, taps_NG.shape[1]:] = final_ND
+        self._fill = stop
+        return TapHandle(self._slot, start, stop)
+
+    def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
+        """One gather and one write, however many requests there are: rows that nobody keeps are not copied to the host."""
+        chosen = [row for rows in kept for row in rows]
+        if self.is_read and len(chosen) < len(taps_NG):
+            index = to_device(torch.tensor(chosen), taps_NG.device)
+            taps_NG, final_ND = taps_NG[index], None if final_ND is None else final_ND[index]
+        whole = self.put(taps_NG, final_ND)
+        if whole is None:
+            return [None] * len(kept)
+        ends = itertools.accumulate(map(len, kept), initial=whole.start)
+        return [TapHandle(whole.slot, start, stop) for start, stop in itertools.pairwise(ends)]
 
     def ship(self) -> Parcel | None:
         if not self._fill:
@@ -95,13 +123,10 @@ class DeviceTapRing(TapRing):
         self.begin_copies()
         return parcel
 
-    def rows(self, handle: TapHandle) -> Tensor:
+    def words(self, handle: TapHandle) -> NDArray[np.int16]:
         buffer = self._busy[handle.slot].buffer
         assert buffer is not None
-        return self._host[buffer][handle.start:handle.stop]
-
-    def words(self, handle: TapHandle) -> NDArray[np.int16]:
-        words: NDArray[np.int16] = self.rows(handle).view(torch.int16).numpy()
+        words: NDArray[np.int16] = self._host[buffer][handle.start:handle.stop].view(torch.int16).numpy()
         return words
 
     def begin_copies(self) -> None:
@@ -139,8 +164,8 @@ class SlotParcel:
         self._ring.free(self)
 
 
-def tap_ring(slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool, device: torch.device) -> TapRing:
+def tap_ring(slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool, device: torch.device) -> StepRing:
     """The one that the device wants."""
     if device.type == "cpu":
-        return TapRing(slots, rows, hidden_size, num_taps, with_final)
+        return HostTapRing(hidden_size, num_taps, with_final)
     return DeviceTapRing(slots, rows, hidden_size, num_taps, with_final, device, StreamCopier(device))

@@ -1,8 +1,13 @@
-"""The ring of tapped states that a step leaves behind. Fixed memory; knows neither requests nor files."""
+"""The rings of tapped states that steps leave behind for a sink. Know neither requests nor files.
+
+A row is [taps of the captured layers | final post-norm state], bf16. On a host, where a step's tensors stay as they are, the ring
+keeps the tensors and makes rows of many steps at once, when they are read: beside a network every small operation of a step costs
+several times what it does in a loop, since nothing of it is in the processor's caches. engine/tap_copies.py has the ring of a GPU.
+"""
 
 from __future__ import annotations
 
-import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_pipeline.contracts import TapHandle
-from tide_pipeline.models.device import to_device
+
+HOST_STEPS = 64                        # whose rows a host's ring holds
+UNREAD_STEPS = 32                      # after which its sink must read, and
+UNREAD_ROWS = 512
 
 
 class Parcel(Protocol):
@@ -29,64 +37,104 @@ class Parcel(Protocol):
         ...
 
 
-class TapRing:
-    """`slots` buffers of `rows` state rows, bf16. A row is [taps of the captured layers | final post-norm state].
+class TapRing(ABC):
+    """What a sink reads rows from, by handle, in the thread that tells it of them."""
 
-    On a CPU a row is written by the step itself, so a handle is good until the next `slots` steps have run;
-    sinks copy what they keep before `on_step` returns. engine/tap_copies.py has the ring of a GPU.
-    """
-
-    def __init__(self, slots: int, rows: int, hidden_size: int, num_taps: int, with_final: bool,
-                 device: torch.device | None = None) -> None:
+    def __init__(self, hidden_size: int, num_taps: int, with_final: bool) -> None:
         self.hidden_size, self.num_taps, self.with_final = hidden_size, num_taps, with_final
         self.width = hidden_size * (num_taps + int(with_final))
         self.is_read = True                # False: no sink looks at the rows, and none are kept
         self.dropped_rows = 0
-        self._rows_SRW = torch.zeros(slots, rows, self.width, dtype=torch.bfloat16, device=device)
-        self._words: list[NDArray[np.int16]] = list(self._rows_SRW.view(torch.int16).numpy()) if self._rows_SRW.is_cpu else []
-        self._slot = -1
-        self._fill = 0
 
+    @abstractmethod
+    def words(self, handle: TapHandle) -> NDArray[np.int16]:
+        """The bits of a handle's rows [N, width], to be copied; a slice of numpy is several times as cheap as one of torch."""
+
+    def rows(self, handle: TapHandle) -> Tensor:
+        """The same as bf16 [N, width]."""
+        return torch.from_numpy(self.words(handle)).view(torch.bfloat16)
+
+    @property
+    def must_read(self) -> bool:
+        """Whether rows may be gone after the next step: a sink then reads before `on_step` returns."""
+        return True
+
+    def clear(self) -> None:
+        """The sink has read all it wants of the steps so far."""
+        return
+
+
+class StepRing(TapRing):
+    """What an engine's steps put rows into."""
+
+    @abstractmethod
     def next_slot(self) -> None:
         """Begin a step."""
-        self._slot = (self._slot + 1) % self._rows_SRW.shape[0]
-        self._fill = 0
 
+    @abstractmethod
     def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
-        """Append rows of the current step: taps [N, num_taps * D] and final states [N, D], any float type. None: not kept."""
-        if not self.is_read:
-            return None
-        n = taps_NG.shape[0]
-        start, stop = self._fill, self._fill + n
-        assert stop <= self._rows_SRW.shape[1], "more rows in a step than the ring was sized for"
-        target = self._rows_SRW[self._slot, start:stop]
-        target[:, : taps_NG.shape[1]] = taps_NG
-        if self.with_final:
-            assert final_ND is not None
-            target[:, taps_NG.shape[1]:] = final_ND
-        self._fill = stop
-        return TapHandle(self._slot, start, stop)
+        """Add rows to the current step: taps [N, num_taps * D] and final states [N, D], any float type. None: not kept."""
 
+    @abstractmethod
     def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
-        """Append these rows of a step, a handle for each range: one gather and one write, however many requests there are."""
-        chosen = [row for rows in kept for row in rows]
-        if self.is_read and len(chosen) < len(taps_NG):
-            index = to_device(torch.tensor(chosen), taps_NG.device)
-            taps_NG, final_ND = taps_NG[index], None if final_ND is None else final_ND[index]
-        whole = self.put(taps_NG, final_ND)
-        if whole is None:
-            return [None] * len(kept)
-        ends = itertools.accumulate(map(len, kept), initial=whole.start)
-        return [TapHandle(whole.slot, start, stop) for start, stop in itertools.pairwise(ends)]
+        """Add these rows of a step, in ascending order, a handle for each range."""
 
     def ship(self) -> Parcel | None:
         """End a step. None: its rows can be read at once."""
         return None
 
-    def rows(self, handle: TapHandle) -> Tensor:
-        """A view [N, width] of a handle's rows, bf16."""
-        return self._rows_SRW[handle.slot, handle.start:handle.stop]
+
+class HostTapRing(StepRing):
+    """Of a CPU; one `put` a step. A handle is good until `HOST_STEPS` more steps have run, or `clear`."""
+
+    def __init__(self, hidden_size: int, num_taps: int, with_final: bool) -> None:
+        super().__init__(hidden_size, num_taps, with_final)
+        self._unread: dict[int, tuple[Tensor, Tensor | None]] = {}             # by step
+        self._read: dict[int, NDArray[np.int16]] = {}
+        self._step = self._unread_rows = 0
+
+    def next_slot(self) -> None:
+        self._step += 1
+        gone = self._step - HOST_STEPS
+        self._read.pop(gone, None)
+        self._unread.pop(gone, None)
+
+    def put(self, taps_NG: Tensor, final_ND: Tensor | None) -> TapHandle | None:
+        (handle,) = self.put_each(taps_NG, final_ND, [range(len(taps_NG))])
+        return handle
+
+    def put_each(self, taps_NG: Tensor, final_ND: Tensor | None, kept: Sequence[range]) -> list[TapHandle | None]:
+        if not self.is_read:
+            return [None] * len(kept)
+        step = self._step
+        assert step not in self._unread and step not in self._read, "two puts in a step"
+        self._unread[step] = taps_NG, final_ND
+        self._unread_rows += kept[-1].stop
+        return [TapHandle(step, rows.start, rows.stop) for rows in kept]
 
     def words(self, handle: TapHandle) -> NDArray[np.int16]:
-        """The same rows' bits; a slice of numpy is several times as cheap as one of torch."""
-        return self._words[handle.slot][handle.start:handle.stop]
+        if handle.slot in self._unread:
+            self._read_all()
+        return self._read[handle.slot][handle.start:handle.stop]
+
+    @property
+    def must_read(self) -> bool:
+        return len(self._unread) >= UNREAD_STEPS or self._unread_rows >= UNREAD_ROWS
+
+    def clear(self) -> None:
+        self._unread.clear()
+        self._read.clear()
+        self._unread_rows = 0
+
+    def _read_all(self) -> None:
+        """Rows of all steps that were not read yet, in one go."""
+        rows_NW = torch.cat([taps for taps, _ in self._unread.values()])
+        if self.with_final:
+            rows_NW = torch.cat((rows_NW, torch.cat([final for _, final in self._unread.values() if final is not None])), dim=1)
+        words_NW = rows_NW.bfloat16().view(torch.int16).numpy()                # torch bf16 has no numpy type
+        start = 0
+        for step, (taps_NG, _) in self._unread.items():
+            self._read[step] = words_NW[start:start + len(taps_NG)]
+            start += len(taps_NG)
+        self._unread.clear()
+        self._unread_rows = 0

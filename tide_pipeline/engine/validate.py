@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 from tide_pipeline.contracts import GenerationRequest
 from tide_pipeline.engine.text import TextCodec
-from tide_pipeline.errors import InvalidRequest, PromptTooLong
+from tide_pipeline.errors import EngineClosed, InvalidRequest, PromptTooLong, QueueFull
 
 
 def validate(request: GenerationRequest, codec: TextCodec, max_context: int, max_depth: int) -> tuple[list[int], int | None]:
@@ -33,6 +34,16 @@ def validate(request: GenerationRequest, codec: TextCodec, max_context: int, max
         raise PromptTooLong(f"prompt of {len(prompt)} tokens and max_tokens {how.max_tokens} exceed this engine's context "
                             f"of {max_context}: shorten the prompt or ask for fewer tokens")
     return prompt, fixed
+
+
+def check_room(request_id: str, in_use: Container[str], waiting: int, queue_size: int, closed: bool) -> None:
+    """Whether one more may wait; under the lock of the queue. Raises EngineClosed, InvalidRequest, QueueFull."""
+    if closed:
+        raise EngineClosed("the engine is shutting down: send the request to another replica")
+    if request_id in in_use:
+        raise InvalidRequest(f"request_id {request_id!r} is in use by a running request: choose another")
+    if waiting >= queue_size:
+        raise QueueFull(f"{waiting} requests are waiting already: try again later")
 
 
 def _draft_length(speculation: str, max_depth: int) -> int | None:

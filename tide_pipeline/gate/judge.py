@@ -86,7 +86,7 @@ def _interval(found: Mapping[str, float]) -> str:
 
 
 def benchmark_door(champion: BenchmarkReport | None, challenger: BenchmarkReport, settings: GateSettings) -> Door:
-    """Both were timed against plain decoding, prompt by prompt, so their speed-ups are compared rather than raw tokens/s.
+    """Raw tokens/s are not compared: both were timed prompt by prompt, next to each other and to plain decoding.
 
     On a shared machine timings scatter: only a challenger whose whole interval lies below `min_speedup_ratio` is refused.
     """
@@ -120,7 +120,14 @@ def equivalence_door(challenger: BenchmarkReport) -> Door:
 
 
 def speed_ratio(champion: BenchmarkReport | None, challenger: BenchmarkReport) -> tuple[float, float, float]:
-    """Challenger's speed-up over the champion's with its 95 % interval; independent errors, added on the log scale."""
+    """Challenger's speed over the champion's with its 95 % interval.
+
+    As it was timed, prompt by prompt; where it was not, from two speed-ups with independent errors, added on the log scale.
+    """
+    if champion is not None and any(challenger.over_champion):
+        ratio, low, high = challenger.over_champion
+        is_whole = 0.0 < low <= ratio <= high < math.inf and math.isfinite(_log_speedup(challenger)[0])
+        return (ratio, low, high) if is_whole else (math.nan, math.nan, math.nan)
     (a, a_sd), (b, b_sd) = (_log_speedup(report) for report in (champion, challenger))
     ratio, width = b - a, Z_95 * math.hypot(a_sd, b_sd)
     return _exp(ratio), _exp(ratio - width), _exp(ratio + width)

@@ -64,9 +64,9 @@ def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild 
     prompts = bench_prompts(config, spec, states, workload)
     builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})
     bench = benchmark_builds(config.engine_dir / spec.model, spec, builds, prompts, config.gate, config.speculation,
-                             dataclasses.replace(config.serve, max_batch=1),
+                             dataclasses.replace(config.serve, max_batch=1), timed=config.gate.bench_prompts, checked=(CHALLENGER,),
                              progress=lambda done, total: progress("benchmark", done / total))
-    reports = {tag: summarise(bench, tag, build) for tag, build in builds.items()}
+    reports = {tag: summarise(bench, tag, build, CHAMPION if champion and tag == CHALLENGER else "") for tag, build in builds.items()}
     verdict = judge(paired=paired, champion=reports.get(CHAMPION), challenger=reports[CHALLENGER], settings=config.gate,
                     challenger_digest=challenger.draft_digest, workload=workload)
     report = GateReport(verdict, paired, reports.get(CHAMPION), reports[CHALLENGER], workload, challenger.build_id)

@@ -17,14 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tide_pipeline.errors import CheckpointError, EngineMismatch
+from tide_pipeline.contracts import EngineBuild
+from tide_pipeline.errors import BuildError, CheckpointError, EngineMismatch
+from tide_pipeline.models.draft_files import ARCHITECTURE
 from tide_pipeline.models.eagle3 import DraftShape, Eagle3Draft
 from tide_pipeline.models.families import TargetShape
 from tide_pipeline.models.layers import Heads
 from tide_pipeline.models.speculators import as_eagle3, is_speculators, renamed
 from tide_pipeline.provenance import birth_certificate, digest_files, write_atomic, write_json
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 FILES = ("config.json", "model.safetensors")
 SIZES = ("hidden_size", "vocab_size", "draft_vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
          "max_position_embeddings", "rope_theta", "rms_norm_eps")
@@ -51,6 +52,15 @@ def digest_draft(folder: Path) -> str:
     if missing:
         raise CheckpointError(f"{folder} is no draft checkpoint: {', '.join(missing)} missing")
     return digest_files({name: folder / name for name in FILES})
+
+
+def checked_digest(folder: Path, build: EngineBuild) -> str:
+    """The digest of a build's draft. Raises CheckpointError, and BuildError when it is not the one that was built."""
+    found = digest_draft(folder)
+    if build.draft_digest and found != build.draft_digest:
+        raise BuildError(f"draft {folder} has digest {found[:16]}, build {build.build_id} names {build.draft_digest[:16]}: "
+                         "it was altered, build it again with `tide build`")
+    return found
 
 
 def save_draft(draft: Eagle3Draft, folder: Path, identity: DraftIdentity, provenance: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from tide_pipeline.engine_spec import Architecture, EngineSpec, StartingDraft
 from tide_pipeline.errors import CheckpointError, EngineMismatch
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-FILES = ("config.json", "model.safetensors")
 MAX_HEADER = 100 << 20             # bytes: what the format itself allows
 
 

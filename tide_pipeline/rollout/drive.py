@@ -1,7 +1,7 @@
 """Advance a rollout by at most one record. Knows the record, observed state and the log; keeps nothing, so anyone may call it, any time.
 
-    advance(config)        one look, one decision, at most one record: a sensor, a cron line, a person
-    drive(config, n)       again and again until the rollout that record n opened has ended
+    Driver.advance()       one look, one decision, at most one record: a sensor, a cron line, a person
+    Driver.drive(n)        again and again until the rollout that record n opened has ended
 Two that advance at once write the same next number: one of them loses, and looks again the next time.
 """
 
@@ -116,9 +116,3 @@ class Driver:
         build_id = new_build_of(latest)
         why = self.record.read(began_of(latest)).reason.partition("; ")[0]
         return f"{why}; {self._watcher.version_of(build_id) or build_id} for {workload_of(latest)!r}"
-
-
-def advance(config: TideConfig, who: str) -> Advanced:
-    """One look, at most one record."""
-    return Driver(config, who).advance()
-

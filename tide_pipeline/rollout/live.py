@@ -65,11 +65,6 @@ class LiveLog:
         return [row for rows in self._read.values() for row in rows if row.at >= since]
 
 
-def read_live(config: TideConfig, since: float) -> list[LiveRow]:
-    """`LiveLog.rows` for who asks once."""
-    return LiveLog(config).rows(since)
-
-
 def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool] = lambda row: True) -> Rate:
     """Over the rows that match; 0 steps when none drafted."""
     requests: dict[str, list[int]] = {}

@@ -85,8 +85,8 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
 
     def decide(latest: Deployment | None) -> Deployment:
         _refuse_if_held(latest)
-        if _is_served(latest, workload, build.build_id) or _is_proposed(latest, workload, build.build_id):
-            assert latest is not None
+        is_proposed = latest is not None and latest.stage == PROPOSED and _brings(latest, workload, build.build_id)
+        if latest is not None and (is_proposed or _is_served(latest, workload, build.build_id)):
             return latest
         return opened(latest, config.target, workload, build.build_id, (), who,
                       f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it")
@@ -113,11 +113,8 @@ def check_verdict(config: TideConfig, build: EngineBuild, verdict: GateVerdict) 
 def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> Deployment:
     """The canary record: a new one, or the one that a killed rollout of this build left."""
     build, workload = wanted.build, wanted.workload
-    if latest is not None and is_under_way(latest):
-        if (new_build_of(latest), workload_of(latest)) == (build.build_id, workload):
-            return latest
-        raise DeploymentConflict(f"deployment {latest.n} by {latest.who} is under way ({latest.reason}): "
-                                 "try again when it has ended, or end it with `tide rollout abort`")
+    if latest is not None and is_under_way(latest) and _brings(latest, workload, build.build_id):
+        return latest
     _refuse_if_held(latest)
     if latest is not None and _is_served(latest, workload, build.build_id):
         return latest
@@ -145,8 +142,9 @@ def _is_served(latest: Deployment | None, workload: str, build_id: str) -> bool:
     return rest_of(latest).get(workload) == build_id and not is_under_way(latest)
 
 
-def _is_proposed(latest: Deployment | None, workload: str, build_id: str) -> bool:
-    return latest is not None and latest.stage == PROPOSED and (new_build_of(latest), workload_of(latest)) == (build_id, workload)
+def _brings(latest: Deployment, workload: str, build_id: str) -> bool:
+    """Whether its rollout, or its proposal, is of this build for this workload."""
+    return (new_build_of(latest), workload_of(latest)) == (build_id, workload)
 
 
 def _record(config: TideConfig) -> DeploymentRecord:

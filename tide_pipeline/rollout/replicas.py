@@ -32,11 +32,6 @@ def fresh(replicas: Mapping[str, ObservedState], heartbeat_s: float, now: float)
     return {name: state for name, state in replicas.items() if now - state.at <= heartbeat_s}
 
 
-def serves(state: ObservedState, deployment: Deployment, digests: Digests) -> bool:
-    """Whether a replica has applied this deployment (or a later one), with the right bytes."""
-    return has_applied(state, deployment) and not other_bytes(state, deployment, digests)
-
-
 def has_applied(state: ObservedState, deployment: Deployment) -> bool:
     return state.deployment >= deployment.n and state.drafts == deployment.drafts_for(state.replica)
 

@@ -17,7 +17,7 @@ from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, ObservedState
 from tide_pipeline.deployment.builds import load_build
-from tide_pipeline.deployment.record import DeploymentRecord, read_observed, write_observed
+from tide_pipeline.deployment.record import DeploymentRecord, read_replica, write_observed
 from tide_pipeline.engine.protocol import Engine
 from tide_pipeline.errors import RestartNeeded
 from tide_pipeline.serve.tally import Counts, Recent, TallySink
@@ -102,7 +102,7 @@ class DraftAgent:
 
     def _is_succeeded(self) -> bool:
         """Whether another process of this name serves what this one could not."""
-        seen = read_observed(self._config.state.observed, self._config.target).get(self.replica) if self._needs_restart else None
+        seen = read_replica(self._config.state.observed, self._config.target, self.replica) if self._needs_restart else None
         return seen is not None and seen.pid != os.getpid() and seen.deployment >= self._needs_restart
 
     def start(self) -> None:

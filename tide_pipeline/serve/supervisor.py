@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tide_pipeline.config import TideConfig, load_toml, override
-from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.deployment.record import read_replica
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
-from tide_pipeline.serve.front.replicas import READ_S, read_replicas, write_replicas
+from tide_pipeline.serve.front.change import change_replicas
+from tide_pipeline.serve.front.replicas import READ_S
 from tide_pipeline.serve.process import next_pause_s
 from tide_pipeline.serve.triton import TritonReplica
 
@@ -118,7 +119,7 @@ class ReplicaSupervisor:
 
     def _wanted(self) -> int:
         """Number of the deployment that the server can't change to; 0 for none."""
-        seen = read_observed(self._config.state.observed, self._config.target).get(self._replica.replica)
+        seen = read_replica(self._config.state.observed, self._config.target, self._replica.replica)
         return seen.needs_restart if seen is not None else 0
 
     def _succeed(self, wanted: int) -> None:
@@ -152,8 +153,8 @@ class ReplicaSupervisor:
         if self._replicas_file is None:
             return
         try:
-            write_replicas(self._replicas_file, [replace(spec, url=self.state.http_url) if spec.name == self._replica.replica else spec
-                                                 for spec in read_replicas(self._replicas_file)])
+            change_replicas(self._replicas_file, lambda spec: replace(spec, url=self.state.http_url)
+                            if spec.name == self._replica.replica else spec)
         except (OSError, TideError) as error:
             self._tell(self.state.state, f"the front was not told of the new server: {error}")
             log.error("%s", self.state.error)

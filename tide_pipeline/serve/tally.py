@@ -7,7 +7,6 @@ is switched off here: the engine would take counts and admissions away with it.
 from __future__ import annotations
 
 import itertools
-import logging
 import operator
 import threading
 import time
@@ -15,11 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent, StepKind
-from tide_pipeline.engine.protocol import NullSink, Sink
+from tide_pipeline.engine.protocol import NullSink, Sink, told
 from tide_pipeline.engine.taps import TapRing
 from tide_pipeline.serve.histogram import Histogram
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -109,14 +106,14 @@ class TallySink:
         self._last_at.pop(closed.request_id, None)
         self._tell(lambda: self._behind.on_close(closed))
 
+    def on_idle(self) -> None:
+        self._tell(self._behind.on_idle)
+
     def close(self) -> None:
         self._behind.close()
 
     def _tell(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:                     # its text could quote a prompt
-            log.error("the capture sink failed (%s): it is switched off, serving goes on without capture", type(error).__name__)
+        if not told(call):
             self._behind, self.errors = NullSink(), self.errors + 1
 
     def _time(self, event: StepEvent, now: float) -> None:

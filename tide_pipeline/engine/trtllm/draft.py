@@ -8,7 +8,7 @@ from pathlib import Path
 from tide_pipeline.contracts import ANY_WORKLOAD, EngineBuild
 from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import BuildError
-from tide_pipeline.models.checkpoint import digest_draft
+from tide_pipeline.models.checkpoint import checked_digest
 from tide_pipeline.models.draft_files import check_draft
 
 
@@ -24,8 +24,5 @@ def checked_draft(build: EngineBuild, spec: EngineSpec) -> Path:
     """The draft's folder, every byte as recorded and fit for the target. Raises BuildError, CheckpointError, EngineMismatch."""
     folder = Path(build.path) / "draft"
     check_draft(folder, spec)
-    found = digest_draft(folder)
-    if build.draft_digest and found != build.draft_digest:
-        raise BuildError(f"draft {folder} has digest {found[:16]}, build {build.build_id} names {build.draft_digest[:16]}: "
-                         "it was altered, build it again with `tide build`")
+    checked_digest(folder, build)
     return folder

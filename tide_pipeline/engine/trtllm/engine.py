@@ -32,9 +32,9 @@ from tide_pipeline.engine.trtllm.layout import End
 from tide_pipeline.engine.trtllm.options import draft_length
 from tide_pipeline.engine.trtllm.sampling import REASONS, Totals, sampling_arguments, totals
 from tide_pipeline.engine.trtllm.server import Server
-from tide_pipeline.engine.validate import validate
+from tide_pipeline.engine.validate import check_room, validate
 from tide_pipeline.engine_spec import EngineSpec
-from tide_pipeline.errors import BuildError, EngineClosed, InvalidRequest, QueueFull, RestartNeeded, SettingsError
+from tide_pipeline.errors import BuildError, InvalidRequest, RestartNeeded, SettingsError
 from tide_pipeline.models.families import read_outline
 from tide_pipeline.models.target import engine_digest
 
@@ -91,12 +91,7 @@ class TrtllmEngine:
         stream = TokenStream(request.request_id, self._cancel, on_chunk)
         active = ActiveRequest(request, stream, TextStream(self.codec, request.sampling.stop), prompt, len(prompt), fixed)
         with self._lock:
-            if self._closed:
-                raise EngineClosed("the engine is shutting down: send the request to another replica")
-            if request.request_id in self._requests:
-                raise InvalidRequest(f"request_id {request.request_id!r} is in use by a running request: choose another")
-            if len(self._waiting) >= self.serve.queue_size:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
+            check_room(request.request_id, self._requests, len(self._waiting), self.serve.queue_size, self._closed)
             self._requests[request.request_id] = active
             self._waiting.append(active)
         self._loop.call_soon_threadsafe(self._arrive, active)
@@ -123,16 +118,14 @@ class TrtllmEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot. Cache figures are the server's own, where it gives them."""
-        done, cache = self._ledger, self._server_stats.get("kvCacheStats") or {}
-        block, ring = int(cache.get("tokensPerBlock", 0)), self._server.ring
+        cache = self._server_stats.get("kvCacheStats") or {}
+        block = int(cache.get("tokensPerBlock", 0))
         return EngineStats(
             engine_digest=self.digest, running=len(self._running), waiting=len(self._waiting),
             kv_tokens_used=block * int(cache.get("usedNumBlocks", 0)), kv_tokens_total=block * int(cache.get("maxNumBlocks", 0)),
-            requests_finished=done.finished, requests_failed=done.failed, tokens_out=done.tokens, prompt_tokens=done.prompt_tokens,
-            target_steps=done.steps, verify_steps=done.verify_steps, drafted_tokens=done.drafted, accepted_tokens=done.accepted,
-            speculation_on_s=done.on_ms / 1e3, speculation_off_s=done.off_ms / 1e3, probe_s=0.0, sink_errors=done.sink_errors,
-            drafts={tag: self._build.draft_version for tag in self._tags if self._build}, draft_length_steps=dict(done.depth_steps),
-            step_ms=self._server.times.table(), dropped_tap_rows=ring.dropped_rows, capture_faults=self._server.capture_faults)
+            probe_s=0.0, drafts={tag: self._build.draft_version for tag in self._tags if self._build},
+            step_ms=self._server.times.table(), dropped_tap_rows=self._server.ring.dropped_rows,
+            capture_faults=self._server.capture_faults, **self._ledger.stats())
 
     def close(self) -> None:
         """Stop; requests in flight are told "cancelled"."""

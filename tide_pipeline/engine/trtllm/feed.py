@@ -9,7 +9,6 @@ stream: as many tokens as a response adds were emitted by a step, one of them no
 
 from __future__ import annotations
 
-import logging
 import math
 import queue
 import threading
@@ -22,13 +21,11 @@ from dataclasses import dataclass, field
 from tide_pipeline.contracts import RequestClosed, RequestOpened, StepEvent, StepKind, TapHandle
 from tide_pipeline.engine.ledger import Ledger
 from tide_pipeline.engine.outbox import Outbox
-from tide_pipeline.engine.protocol import NullSink, Sink
+from tide_pipeline.engine.protocol import NullSink, Sink, told
 from tide_pipeline.engine.taps import Parcel
 from tide_pipeline.engine.trtllm.layout import UNKNOWN, Decoder, End, Forward, LayoutBroken, Outcome, Step
 from tide_pipeline.engine.trtllm.schedule import StepTimes
 from tide_pipeline.engine.trtllm.shipment import Shipment
-
-log = logging.getLogger(__name__)
 
 POLL_S = 0.0005                        # while copies are under way
 LATE_S = 1.0                           # passes that come from another process may come after the answer: a request waits for them so long
@@ -122,10 +119,7 @@ class Feed:
 
     def _tell(self, call: Callable[[], None]) -> None:
         """A sink that raises is replaced: serving goes on, and the count says so."""
-        try:
-            call()
-        except Exception:
-            log.exception("the capture sink failed: it is switched off, serving goes on without capture")
+        if not told(call):
             self._ledger.sink_errors += 1
             self._sink = NullSink()
 

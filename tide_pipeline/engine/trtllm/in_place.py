@@ -75,4 +75,3 @@ def _between_passes(call: Any) -> None:
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-

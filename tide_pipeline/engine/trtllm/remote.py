@@ -11,8 +11,8 @@ import logging
 import threading
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from tide_pipeline.contracts import TapHandle
 from tide_pipeline.engine.taps import TapRing
@@ -27,10 +27,10 @@ class ArrivedRing(TapRing):
     """Rows by number of their pass, each until it is released."""
 
     def __init__(self, hidden_size: int, num_taps: int) -> None:
-        super().__init__(0, 0, hidden_size, num_taps, False)
-        self.passes: dict[int, Tensor] = {}
+        super().__init__(hidden_size, num_taps, False)
+        self.passes: dict[int, NDArray[np.int16]] = {}
 
-    def rows(self, handle: TapHandle) -> Tensor:
+    def words(self, handle: TapHandle) -> NDArray[np.int16]:
         return self.passes[handle.slot][handle.start : handle.stop]
 
 
@@ -41,7 +41,7 @@ class Arrived:
         self._ring, self._number, self._numbers = ring, number, numbers
         self.handle = None
         if rows is not None:
-            ring.passes[number] = torch.from_numpy(rows).view(torch.bfloat16)
+            ring.passes[number] = rows
             self.handle = TapHandle(number, 0, len(rows))
 
     def is_ready(self) -> bool:

@@ -12,7 +12,10 @@ REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "timeout": 
 
 
 def sampling_arguments(request: GenerationRequest, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """Of SamplingParams. Unset temperature, top_k and top_p decode greedily. Stop strings and text are ours (engine/text.py)."""
+    """Of SamplingParams. With neither top_k nor top_p it decodes greedily, whatever the temperature: top_p is named even when it is off.
+
+    Stop strings and text are ours (engine/text.py).
+    """
     how = request.sampling
     chosen: dict[str, Any] = {"max_tokens": how.max_tokens, "ignore_eos": how.ignore_eos, "detokenize": False, "return_perf_metrics": True}
     if eos_ids:
@@ -20,9 +23,8 @@ def sampling_arguments(request: GenerationRequest, eos_ids: Sequence[int]) -> di
         if not how.ignore_eos and len(eos_ids) > 1:
             chosen["stop_token_ids"] = list(eos_ids[1:])
     if how.temperature > 0:
-        chosen |= {"temperature": how.temperature, "seed": how.seed}
+        chosen |= {"temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
         chosen |= {"top_k": how.top_k} if how.top_k else {}
-        chosen |= {"top_p": how.top_p} if how.top_p < 1.0 else {}
     return chosen
 
 

@@ -18,7 +18,7 @@ MEANS: dict[Loss, tuple[State, str]] = {
     "draft length": ("warn", "the draft length follows the schedule alone"),
     "in-place draft": ("warn", "a new draft goes in with a new replica, not in place"),
 }
-TODO = "correct facts/{line}.toml and what uses it, or serve another version of the line"
+ADVICE = "correct facts/{line}.toml and what uses it, or serve another version of the line"
 
 
 def check_trtllm(source: Path | None) -> Iterator[Finding]:
@@ -35,4 +35,4 @@ def _finding(check: Checked, report: SourceReport) -> Finding:
     if check.is_true:
         return Finding(name, "ok", f"{check.fact.access}; {check.fact.use}")
     state, meaning = MEANS[check.fact.loss]
-    return Finding(name, state, "; ".join(check.wrong), f"{meaning}: {TODO.format(line=report.line)}")
+    return Finding(name, state, "; ".join(check.wrong), f"{meaning}: {ADVICE.format(line=report.line)}")
