@@ -56,7 +56,7 @@ def test_a_server_that_comes_back_on_another_port_is_found_by_the_front(tmp_path
         try:
             urls = [spec.url for spec in read_replicas(file)]
             for _ in range(2):
-                until(lambda: read_replicas(file)[0].url != urls[0], "the front was not told")
+                until(lambda before=urls[0]: read_replicas(file)[0].url != before, "the front was not told")
                 urls = [spec.url for spec in read_replicas(file)]
                 assert urls[1] == "http://127.0.0.1:10" and TritonClient(urls[0], "tiny").ready()
                 os.kill(json.loads((tmp_path / "state.json").read_text())["triton_pid"], signal.SIGKILL)
