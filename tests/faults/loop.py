@@ -21,9 +21,10 @@ from tests.helpers import ask, tiny_spec, write_tiny_build, write_tiny_target
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import StackError
+from tide_pipeline.errors import NothingToRollBack, StackError
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.registry import Registry
+from tide_pipeline.rollout import rollback
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.stack.local import PARTS, LocalStack
 from tide_pipeline.stack.runs import RunView, runs_of
@@ -97,7 +98,10 @@ class Loop:
             self.client.generate(ask(f"{name}-{i}", f"{words} {i}", max_tokens=48, ignore_eos=True, temperature=0.7, seed=i))
 
     def launch(self, reason: str) -> str:
-        """The id of a new adapt_draft run. Asked again while the webserver is away."""
+        """The id of a new adapt_draft run, from the shipped draft. Asked again while the webserver is away."""
+        with contextlib.suppress(NothingToRollBack):           # a draft that can't get better would be trained to itself
+            while True:
+                rollback(self.config, who="test", reason="the next fault begins with the shipped draft")
         config = {"ops": {"draft_checkpoint": {"config": {"workload": "default", "reason": reason}}}}
         tags = [{"key": "tide/target", "value": self.config.target}, {"key": "tide/workload", "value": "default"}]
         found: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from tide_pipeline.defs.janitor import is_alive
 from tide_pipeline.rollout.bake import Evidence
 from tide_pipeline.rollout.live import Rate
 from tide_pipeline.rollout.plan import Kind, Sight, next_action
+from tide_pipeline.rollout.replicas import fresh
 
 NOW = 1_800_000_000.0
 HOUR_S = 3600.0
@@ -53,6 +54,10 @@ def test_a_clock_that_is_set_forward_cuts_the_bake_short(reported: float) -> Non
     """Before the replicas report again they look silent: back. After it the time is up: wider, and watched on, as nothing was worse."""
     action = next_action(CANARY, sight(NOW + HOUR_S, reported), RolloutSettings())
     assert action.kind is (Kind.BACK if reported == NOW else Kind.WIDEN)
+
+
+def test_a_replica_that_died_before_the_clock_was_set_back_does_not_seem_alive() -> None:
+    assert set(fresh({"dead": seen("dead", NOW), "alive": seen("alive", NOW - HOUR_S)}, 10.0, NOW - HOUR_S)) == {"alive"}
 
 
 def test_the_cursor_of_a_sensor_from_the_future_is_looked_past() -> None:

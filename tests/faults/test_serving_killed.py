@@ -5,8 +5,14 @@ Requests that the killed process was serving may fail; every other one is answer
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import inject
@@ -15,6 +21,9 @@ import pytest
 from tests.faults.converged import assert_lake, look, serves_the_record
 from tests.faults.load import Load
 from tests.faults.loop import Loop, tiny_loop, until
+from tests.serving import write_place
+from tide_pipeline.serve.client import TritonClient
+from tide_pipeline.serve.front.replicas import ReplicaSpec, read_replicas, write_replicas
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -35,6 +44,24 @@ def ready(loop: Loop) -> int:
         return sum(r["ready"] for r in httpx.get(f"{loop.stack.triton_url}/front/status", timeout=5).json()["replicas"])
     except httpx.HTTPError:
         return 0
+
+
+def test_a_server_that_comes_back_on_another_port_is_found_by_the_front(tmp_path: Path) -> None:
+    """As a successor does (TensorRT-LLM's new draft) whose ports were any free ones."""
+    place, file = write_place(tmp_path), tmp_path / "replicas.json"
+    write_replicas(file, [ReplicaSpec("replica-0", "http://127.0.0.1:9"), ReplicaSpec("replica-1", "http://127.0.0.1:10")])
+    command = [sys.executable, "-m", "tide_pipeline.serve.supervisor", "--config", str(place.config_file), "--state-file",
+               str(tmp_path / "state.json"), "--replicas-file", str(file)]
+    with subprocess.Popen(command) as supervisor:
+        try:
+            urls = [spec.url for spec in read_replicas(file)]
+            for _ in range(2):
+                until(lambda before=urls[0]: read_replicas(file)[0].url != before, "the front was not told")
+                urls = [spec.url for spec in read_replicas(file)]
+                assert urls[1] == "http://127.0.0.1:10" and TritonClient(urls[0], "tiny").ready()
+                os.kill(json.loads((tmp_path / "state.json").read_text())["triton_pid"], signal.SIGKILL)
+        finally:
+            supervisor.terminate()
 
 
 @pytest.mark.parametrize("role", ["triton", "engine", "supervisor", "front"])

@@ -29,7 +29,8 @@ def find_replicas(config: TideConfig) -> list[str]:
 
 
 def fresh(replicas: Mapping[str, ObservedState], heartbeat_s: float, now: float) -> dict[str, ObservedState]:
-    return {name: state for name, state in replicas.items() if now - state.at <= heartbeat_s}
+    """A report from the future is none: the clock was set back, and who is alive reports again."""
+    return {name: state for name, state in replicas.items() if abs(now - state.at) <= heartbeat_s}
 
 
 def has_applied(state: ObservedState, deployment: Deployment) -> bool:

@@ -107,6 +107,7 @@ class ReplicaSupervisor:
         if ready:
             self._was_ready = True
             self._tell("ready")
+            self._tell_front()                         # the port may be another one than that of the server before
             while self._replica.returncode() is None and not self._stop.wait(POLL_S):
                 if (wanted := self._wanted()) > self._tried:
                     self._tried = wanted
@@ -150,7 +151,7 @@ class ReplicaSupervisor:
 
     def _tell_front(self) -> None:
         """Requests go to the new address."""
-        if self._replicas_file is None:
+        if self._replicas_file is None or not self._replicas_file.exists():        # a stack writes it when all replicas are there
             return
         try:
             change_replicas(self._replicas_file, lambda spec: replace(spec, url=self.state.http_url)
