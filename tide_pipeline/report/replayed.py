@@ -30,7 +30,7 @@ Line = tuple[str, str]             # workload, draft version that served
 
 NEAREST = 12                       # windows that a moment is judged by
 LEAST_PROMPTS = 4                  # of a line, to judge it at all
-MOST_WINDOWS = 96                  # of a line, evenly over its time
+MOST_WINDOWS = 48                  # of a line, evenly over its time
 REACH_S = 300.0                    # a moment further from any window is not judged; in long periods this share of them
 REACH = 0.05
 
