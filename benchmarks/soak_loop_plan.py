@@ -45,7 +45,7 @@ class Bars:
     rss_growth_mb: float = 96.0        # of a process, from the second quarter of its samples to the last; or rss_growth of it
     rss_growth: float = 0.20
     clean_adaptations: int = 1         # without a fault in them, so that the bar above says something
-    signals_over: float = 2.0          # times retention.signal_gb: what is captured between two rounds of maintenance comes on top
+    signals_over: float = 1.5          # times retention.signal_gb: what is captured between two rounds of maintenance comes on top
     drafts_mb: float = 200.0           # per training that was launched: its folder, the registry's copy, the build
     rest_mb_per_h: float = 300.0       # logs, Dagster's storage, the acceptance log
 
@@ -77,7 +77,7 @@ def full() -> Plan:
     faults = (Fault(("trainer",), 2, 30.0, training=True), Fault(MLFLOW, 3, 20.0), Fault(("dagster_daemon",), 3, 200.0),
               Fault(("run_worker",), 4, 20.0, training=True), Fault(("dagster_code",), 5, 30.0), Fault(("engine",), 5, 240.0),
               Fault(("front",), 6, 60.0), Fault(("supervisor",), 6, 200.0), Fault(("triton",), 7, 150.0))
-    return Plan(tuple(turns), faults, {"retention": {"signal_gb": 0.5}}, concurrency=4, most_s=4_300.0, maintain_every_s=480.0)
+    return Plan(tuple(turns), faults, {"retention": {"signal_gb": 1.5}}, concurrency=4, most_s=4_300.0, maintain_every_s=480.0)
 
 
 def quick() -> Plan:
@@ -85,7 +85,7 @@ def quick() -> Plan:
     turns = (Shift("en", 60.0), Shift("html", 240.0), Shift("en", 90.0, recurring=True))
     faults = (Fault(("trainer",), 1, 15.0, training=True), Fault(("front",), 2, 5.0), Fault(MLFLOW, 2, 12.0),
               Fault(("engine",), 2, 20.0), Fault(("dagster_daemon",), 2, 50.0))
-    values = {"drift": {"min_signal_rows": 8_000, "min_steps": 100, "min_drop": 0.03}, "retention": {"signal_gb": 0.2},
+    values = {"drift": {"min_signal_rows": 8_000, "min_steps": 100, "min_drop": 0.03}, "retention": {"signal_gb": 0.3},
               "training": {"time_budget_s": 40.0, "eval_share": 0.2},
               "gate": {"min_gain": -0.5, "min_prompts": 3, "max_workload_loss": 1.0, "min_speedup_ratio": 0.5, "bench_prompts": 4,
                        "bench_tokens": 32, "equivalence_prompts": 6},

@@ -24,11 +24,11 @@ from tide_pipeline.report.savings import NONE, STATIC
 PROMPTS = 24
 
 
-def build(config: TideConfig, target: Target, folder: Path, version: str, draft: Eagle3Draft, focus_since: float) -> EngineBuild:
+def build(config: TideConfig, target: Target, folder: Path, version: str, draft: Eagle3Draft) -> EngineBuild:
     saved = write_tiny_build(folder / version, target, draft)
     certificate = Path(saved.path) / "draft" / "provenance.json"
     certificate.write_text(json.dumps({**json.loads(certificate.read_text()), "created_at": time.time(), "train_s": 1.0,
-                                       "workload": "default", "focus_since": focus_since}))
+                                       "workload": "default"}))
     return build_engine(config, Path(saved.path) / "draft", version, warm_up=False)
 
 
@@ -49,11 +49,10 @@ def deploy(config: TideConfig, n: int, served: EngineBuild) -> None:
 def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: Path, tiny_target: Target) -> None:
     config = override(write_engine(tmp_path, tiny_dir), {"training": {"eval_share": 0.5}})
     began = time.time()
-    first = build(config, tiny_target, tmp_path, "v1", random_draft(tiny_target), 0.0)
+    first = build(config, tiny_target, tmp_path, "v1", random_draft(tiny_target))
     deploy(config, 1, first)
     serve(config, tiny_dir, first)
-    drifted = time.time()
-    second = build(config, tiny_target, tmp_path, "v2", agreeing_draft(tiny_target), drifted)
+    second = build(config, tiny_target, tmp_path, "v2", agreeing_draft(tiny_target))
     deploy(config, 2, second)
     serve(config, tiny_dir, second)
 
@@ -63,7 +62,7 @@ def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: 
     against = {a.name: a for a in found.against}
     assert set(against) == {NONE, STATIC} and against[STATIC].judged_share == pytest.approx(1.0)
     (replayed,) = found.replays
-    assert replayed.draft_version == "v2" and 4 <= replayed.prompts < PROMPTS and replayed.since == pytest.approx(drifted)
+    assert replayed.draft_version == "v2" and 4 <= replayed.prompts < PROMPTS and replayed.windows == replayed.prompts
     assert replayed.served_length > replayed.static_length + 0.3
     rest = found.served_s - against[STATIC].seconds.estimate + against[STATIC].saved_s.estimate
     assert rest == pytest.approx(0.0, abs=1e-6)
@@ -74,8 +73,8 @@ def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: 
 def test_without_captured_windows_the_static_draft_is_not_judged(tmp_path: Path, tiny_dir: Path, tiny_target: Target) -> None:
     config = write_engine(tmp_path, tiny_dir)
     began = time.time()
-    first = build(config, tiny_target, tmp_path, "v1", random_draft(tiny_target), 0.0)
-    second = build(config, tiny_target, tmp_path, "v2", agreeing_draft(tiny_target), time.time())
+    first = build(config, tiny_target, tmp_path, "v1", random_draft(tiny_target))
+    second = build(config, tiny_target, tmp_path, "v2", agreeing_draft(tiny_target))
     deploy(config, 1, first)
     deploy(config, 2, second)
     recorder = Recorder(CaptureSettings(mode="off"), "tiny", config.state.lake, "replica-0")

@@ -11,8 +11,8 @@ import pytest
 from tests.fakes_drift import acceptance_row, config_in, write_log
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import AcceptanceRow
-from tide_pipeline.report.replayed import Accepted, Regimes
-from tide_pipeline.report.savings import NONE, STATIC, Interval, Savings, _speed, find_savings, interval
+from tide_pipeline.report.replayed import NEAREST, Accepted, shares
+from tide_pipeline.report.savings import NONE, STATIC, Interval, Savings, find_savings, interval, speed
 from tide_pipeline.report.savings_page import in_words, savings_section
 from tide_pipeline.report.step_costs import drawn_weights, find_costs, served_steps
 
@@ -41,7 +41,7 @@ def busy_hour(config: TideConfig, drafted_share: float = 0.9) -> None:
 
 
 def savings(config: TideConfig, static: str = "") -> Savings:
-    found = find_savings(config, SINCE, UNTIL, BUCKET_S, static=static, drafts={}, regimes=Regimes({}), training=[(SINCE + 60, 10.0)])
+    found = find_savings(config, SINCE, UNTIL, BUCKET_S, static=static, drafts={}, training=[(SINCE + 60, 10.0)])
     assert found is not None
     return found
 
@@ -87,20 +87,26 @@ def test_the_static_draft_is_no_faster_than_itself(tmp_path: Path) -> None:
 
 
 def test_no_step_no_savings(tmp_path: Path) -> None:
-    assert find_savings(config_in(tmp_path), SINCE, UNTIL, BUCKET_S, static="", drafts={}, regimes=Regimes({}), training=()) is None
+    assert find_savings(config_in(tmp_path), SINCE, UNTIL, BUCKET_S, static="", drafts={}, training=()) is None
 
 
-def test_regimes_begin_with_a_drift() -> None:
-    regimes = Regimes({"de": [100.0, 200.0]})
-    assert [regimes.of("de", at) for at in (99.0, 100.0, 199.0, 200.0)] == [0, 1, 1, 2] and regimes.of("en", 500.0) == 0
+def accepted(at: list[float], prompts: list[int]) -> Accepted:
+    ones = np.ones((len(at), 2))
+    return Accepted(np.array(at), np.array(prompts), ones * 0.5, ones[:, 0], ones * 0.2, ones[:, 0])
+
+
+def test_a_moment_is_judged_by_the_nearest_windows() -> None:
+    found = accepted([float(i) for i in range(40)], list(range(40)))
+    assert sorted(found.nearest(20.0, 5.0).tolist()) == list(range(14, 26)) and found.prompts == 40
+    assert found.nearest(46.0, 5.0).tolist() == [] and len(found.nearest(44.0, 5.0)) == NEAREST
 
 
 def test_a_draft_is_as_fast_as_its_best_length() -> None:
-    accepted = Accepted(np.array([[8.0, 4.0], [2.0, 0.0]]), np.array([10.0, 10.0]))
-    assert accepted.shares(np.ones(2)).tolist() == [0.5, 0.2] and accepted.length == pytest.approx(1.7)
-    assert _speed(np.array([0.5, 0.2]), np.array([1.2, 1.6])) == pytest.approx(1.5 / 1.2)
-    assert _speed(np.array([0.5, 0.2]), np.array([1.2, np.nan])) == pytest.approx(1.5 / 1.2)       # a length that was never served
-    assert _speed(np.array([0.1, 0.0]), np.array([1.2, 1.6])) == 1.0                               # then it is not used at all
+    shares_SL = shares(np.array([[8.0, 4.0], [2.0, 0.0]]), np.array([10.0, 10.0]), np.array([[1.0, 1.0], [1.0, 0.0]]))
+    assert shares_SL.tolist() == [[0.5, 0.2], [0.8, 0.4]]
+    assert speed(np.array([[0.5, 0.2]]), np.array([[1.2, 1.6]])).tolist() == pytest.approx([1.5 / 1.2])
+    assert speed(np.array([[0.5, 0.2]]), np.array([[1.2, np.nan]])).tolist() == pytest.approx([1.5 / 1.2])   # a length never served
+    assert speed(np.array([[0.1, 0.0]]), np.array([[1.2, 1.6]])).tolist() == [1.0]                           # then it is not used at all
 
 
 def test_few_prompts_widen_an_interval() -> None:

@@ -135,8 +135,8 @@ def test_memory_that_grows_is_told() -> None:
 
 
 def test_disk_that_grows_is_told() -> None:
-    assert unbounded(disk(looks([1.0] * 3, [1.0, 900.0, 10.0]), BARS, 0.5, 1)) == []
-    assert unbounded(disk(looks([1.0] * 3, [1.0, 1100.0, 10.0]), BARS, 0.5, 1)) == ["signals"]
+    assert unbounded(disk(looks([1.0] * 3, [1.0, 749.0, 10.0]), BARS, 0.5, 1)) == []
+    assert unbounded(disk(looks([1.0] * 3, [1.0, 751.0, 10.0]), BARS, 0.5, 1)) == ["signals"]
     grown = [*looks([1.0], [1.0]), Sample(3600.0, {}, {"signals": 1.0, "builds": 900.0, "logs": 400.0})]
     assert unbounded(disk(grown, BARS, 0.5, 4)) == ["drafts", "rest"]
 

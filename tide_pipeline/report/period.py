@@ -19,7 +19,6 @@ from tide_pipeline.gate.run import load_report, report_file
 from tide_pipeline.provenance import birth_certificate
 from tide_pipeline.report.data import Drift, ReportData, Span, Trained
 from tide_pipeline.report.parts import DASH
-from tide_pipeline.report.replayed import Regimes
 from tide_pipeline.report.savings import Savings, find_savings
 from tide_pipeline.rollout.history import began_of, is_under_way, rest_of
 
@@ -43,7 +42,7 @@ def collect(config: TideConfig, since: float, until: float | None = None, *, wit
     return ReportData(
         title=f"tide_pipeline, target {config.target}", since=since, until=until,
         series=acceptance_series(config, since, bucket_s, until),
-        savings=_savings(config, since, until, bucket_s, history, builds, births, trainings) if with_savings else None,
+        savings=_savings(config, since, until, bucket_s, history, builds, trainings) if with_savings else None,
         marks=[*rollout_marks(lately, versions), *((d.at, f"drift: {d.workload}") for d in drifts)],
         spans=[Span(t.ended - t.seconds, t.ended, f"training {t.draft_version}") for t in trainings],
         training={version: birth["curve"] for version, birth in made.items()}, trainings=trainings, drifts=drifts,
@@ -103,16 +102,11 @@ def _birth(build: EngineBuild) -> dict[str, Any]:
 
 
 def _savings(config: TideConfig, since: float, until: float, bucket_s: float, history: Sequence[Deployment], builds: Sequence[EngineBuild],
-             births: Mapping[str, Mapping[str, Any]], trainings: Sequence[Trained]) -> Savings | None:
+             trainings: Sequence[Trained]) -> Savings | None:
     drafts = {build.draft_version: Path(build.path) / "draft" for build in builds}
     by_id = {build.build_id: build.draft_version for build in builds}
     first = next(iter(rest_of(history[0]).values()), "") if history else ""
-    starts: dict[str, list[float]] = {}
-    for birth in births.values():
-        if birth.get("focus_since", 0.0) > 0:
-            starts.setdefault(birth.get("workload", ""), []).append(birth["focus_since"])
     return find_savings(config, since, until, bucket_s, static=by_id.get(first, ""), drafts=drafts,
-                        regimes=Regimes({workload: sorted(set(times)) for workload, times in starts.items()}),
                         training=[(t.ended, t.seconds) for t in trainings])
 
 

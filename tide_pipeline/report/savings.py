@@ -2,8 +2,9 @@
 
     served       seconds of the serving device that the period's steps took, as logged
     none         the same tokens at one a step: a step without a draft costs 1 / (cost ratio) of the one that was made (step_costs.py)
-    static       served * speed(draft that served) / speed(first draft), both replayed on the same held-out windows (replayed.py), where
-                 speed is the best over draft lengths of tokens per step / cost ratio: the controller would have chosen so, for either draft
+    static       served * speed(draft that served) / speed(first draft), both replayed on the same held-out windows of that time
+                 (replayed.py), where speed is the best over draft lengths of tokens per step / cost ratio, and at least that of no draft:
+                 the controller would have chosen so, for either
 
 Intervals are bootstrap 95 %: requests in groups for costs, prompts for replays, drawn together. A second of training counts as one of
 serving.
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.report.replayed import Accepted, Place, Regimes, replay_regimes
+from tide_pipeline.report.replayed import REACH, REACH_S, Accepted, Line, replay_lines, shares
 from tide_pipeline.report.step_costs import DRAWS, GROUPS, Ints, Steps, added_up, drawn_weights, find_costs, served_steps
 
 Floats = NDArray[np.float64]
@@ -50,13 +51,13 @@ class Against:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A draft beside the static one on the held-out windows of one regime."""
+    """A draft beside the static one on held-out windows that it served, weighed by the time that each stands for."""
 
     workload: str
-    since: float
     draft_version: str
+    windows: int
     prompts: int
-    static_length: float
+    static_length: float           # tokens per step at gate.draft_length, bonus token included
     served_length: float
     speed: Interval                # of the draft over the static one
 
@@ -76,85 +77,89 @@ class Savings:
 
 
 def find_savings(config: TideConfig, since: float, until: float, bucket_s: float, *, static: str, drafts: Mapping[str, Path],
-                 regimes: Regimes, training: Sequence[tuple[float, float]]) -> Savings | None:
+                 training: Sequence[tuple[float, float]]) -> Savings | None:
     """None without a served step. `drafts`: version -> folder, `static`: the version served first. Raises LakeError."""
     steps = served_steps(config, since, until, bucket_s)
     if not len(steps.steps_N):
         return None
+    kinds, kind_N = steps.kinds
     weights_SG = drawn_weights()
-    ratio_SK = find_costs(config, since, until, steps.kinds[0], weights_SG)
-    parts = _Parts(steps, regimes, since, bucket_s)
-    wanted = {place: {static, *versions} for place, versions in parts.versions(static).items()}
-    speeds = _Speeds(steps, ratio_SK, replay_regimes(config, drafts, wanted, regimes, since, until), static)
-    times_T = np.minimum(since + bucket_s * (np.arange(parts.buckets) + 1), until)
-    by_static = np.stack([speeds.of(place, version) for place, version in parts.names], 1)
-    kind_N = steps.kinds[1]
+    ratio_SK = find_costs(config, since, until, kinds, weights_SG)
+    times_T = np.minimum(since + bucket_s * (np.arange(int(steps.bucket_N.max()) + 1) + 1), until)
+    others = [line for line in steps.names if static and line[1] not in ("", static)]
+    replayed = replay_lines(config, drafts, static, others, since, until)
+    cells = _Cells(steps, times_T - bucket_s / 2, max(REACH_S, REACH * (until - since)))
+    speeds = _Speeds(steps, ratio_SK, cells, replayed, static)
     against = [_against(NONE, steps, kind_N, steps.tokens_N / steps.steps_N, 1.0 / ratio_SK, weights_SG, times_T),
-               _against(STATIC, steps, parts.at_N, np.ones(len(kind_N)), by_static, weights_SG, times_T) if static else None]
+               _against(STATIC, steps, cells.at_N, np.ones(len(kind_N)), speeds.factor_SC, weights_SG, times_T) if static else None]
     return Savings(float(steps.tokens_N.sum()), float(steps.device_ms_N.sum()) / 1e3, sum(seconds for _, seconds in training), static,
-                   [a for a in against if a is not None], speeds.table(parts, regimes, since), _costs(steps, ratio_SK), sorted(training))
+                   [a for a in against if a is not None], speeds.table(), _costs(steps, ratio_SK), sorted(training))
 
 
-class _Parts:
-    """Rows by what they are compared in: a regime of a workload, and the draft version that served it."""
+class _Cells:
+    """Rows by what they are compared in: what served which workload in which bucket."""
 
-    def __init__(self, steps: Steps, regimes: Regimes, since: float, bucket_s: float) -> None:
-        self.buckets = int(steps.bucket_N.max()) + 1
-        ends_T = since + bucket_s * (np.arange(self.buckets) + 1)      # a draft never serves before the drift it was trained for
-        keys = [((steps.names[line][0], regimes.of(steps.names[line][0], ends_T[bucket])), steps.names[line][1])
-                for line, bucket in zip(steps.line_N.tolist(), steps.bucket_N.tolist(), strict=True)]
-        self.names: list[tuple[Place, str]] = sorted(set(keys))
-        at = {key: i for i, key in enumerate(self.names)}
-        self.at_N = np.array([at[key] for key in keys])
-
-    def versions(self, static: str) -> dict[Place, set[str]]:
-        """The drafts other than the static one that served each place."""
-        found: dict[Place, set[str]] = {}
-        for place, version in self.names:
-            if version and version != static and static:
-                found.setdefault(place, set()).add(version)
-        return found
+    def __init__(self, steps: Steps, middle_T: Floats, reach_s: float) -> None:
+        found, at_N = np.unique(np.stack([steps.line_N, steps.bucket_N], 1), axis=0, return_inverse=True)
+        self.at_N: Ints = at_N.reshape(-1)
+        self.lines = [steps.names[line] for line in found[:, 0]]
+        self.middle_C: Floats = middle_T[found[:, 1]]
+        self.served_C = added_up(self.at_N, steps.device_ms_N, len(self.lines))
+        self.reach_s = reach_s
 
 
 class _Speeds:
-    """How much faster each draft is than the static one, for every draw."""
+    """factor [S, C]: what the static draft's time would be over the served one, for every draw; NaN where nothing tells."""
 
-    def __init__(self, steps: Steps, ratio_SK: Floats, replayed: Mapping[Place, Mapping[str, Accepted]], static: str) -> None:
-        self.replayed, self.static, self.draws = replayed, static, len(ratio_SK)
-        lengths = next((a.accepted_PL.shape[1] for found in replayed.values() for a in found.values()), 0)
-        by_length = {length: ratio_S for length, ratio_S, _ in _by_length(steps, ratio_SK)}
-        unknown_S = np.full(self.draws, np.nan)
-        self.ratio_SL = np.stack([by_length.get(length, unknown_S) for length in range(1, lengths + 1)] or [unknown_S], 1)
+    def __init__(self, steps: Steps, ratio_SK: Floats, cells: _Cells, replayed: Mapping[Line, Accepted], static: str) -> None:
+        self.draws, self.cells, self.replayed = len(ratio_SK), cells, replayed
+        self.by_length = {length: ratio_S for length, ratio_S, _ in _by_length(steps, ratio_SK)}
+        self.factor_SC = np.full((self.draws, len(cells.lines)), np.nan)
+        for c, line in enumerate(cells.lines):
+            if line[1] in ("", static):                    # "": requests that asked for none, or found none
+                self.factor_SC[:, c] = 1.0
+        for line, found in replayed.items():
+            self._judge(line, found)
 
-    def of(self, place: Place, version: str) -> Floats:
-        """[S]: what the static draft's time would be over the one that was served; NaN where nothing tells."""
-        if version == self.static or not version:          # "": requests that asked for none, or found none
-            return np.ones(self.draws)
-        found = self.replayed.get(place, {})
-        if version not in found or self.static not in found:
-            return np.full(self.draws, np.nan)
-        prompts = len(found[version].steps_P)
-        drawn_SP = np.random.default_rng(prompts).multinomial(prompts, np.full(prompts, 1 / prompts), self.draws).astype(float)
+    def _judge(self, line: Line, found: Accepted) -> None:
+        drawn_SP = np.random.default_rng(found.prompts).multinomial(found.prompts, np.full(found.prompts, 1 / found.prompts),
+                                                                    self.draws).astype(float)
         drawn_SP[0] = 1.0
-        return np.array([_speed(found[version].shares(w), r) / _speed(found[self.static].shares(w), r)
-                         for w, r in zip(drawn_SP, self.ratio_SL, strict=True)])
+        unknown_S = np.full(self.draws, np.nan)
+        ratio_SL = np.stack([self.by_length.get(length, unknown_S) for length in range(1, found.served_WL.shape[1] + 1)], 1)
+        for c in self._cells_of(line):
+            near = found.nearest(self.cells.middle_C[c], self.cells.reach_s)
+            weights_SW = drawn_SP[:, found.prompt_W[near]]
+            if len(near) and found.served_steps_W[near].sum() > 0:
+                self.factor_SC[:, c] = (speed(shares(found.served_WL[near], found.served_steps_W[near], weights_SW), ratio_SL)
+                                        / speed(shares(found.static_WL[near], found.static_steps_W[near], weights_SW), ratio_SL))
 
-    def table(self, parts: _Parts, regimes: Regimes, since: float) -> list[Replayed]:
+    def _cells_of(self, line: Line) -> list[int]:
+        return [c for c, name in enumerate(self.cells.lines) if name == line]
+
+    def table(self) -> list[Replayed]:
+        """One row for each line that was judged."""
         out = []
-        for place, version in parts.names:
-            found = self.replayed.get(place, {})
-            if version in found and version != self.static and self.static in found:
-                starts = regimes.starts.get(place[0], ())
-                out.append(Replayed(place[0], max(since, starts[place[1] - 1]) if place[1] else since, version,
-                                    len(found[version].steps_P), found[self.static].length, found[version].length,
-                                    interval(self.of(place, version), len(found[version].steps_P))))
+        for line, found in sorted(self.replayed.items()):
+            known = [c for c in self._cells_of(line) if np.isfinite(self.factor_SC[0, c])]
+            if not known:
+                continue
+            weight_W = np.zeros(len(found.at_W))
+            for c in known:
+                weight_W[found.nearest(self.cells.middle_C[c], self.cells.reach_s)] += self.cells.served_C[c]
+            static, served = (1.0 + float(shares(accepted_WL, steps_W, weight_W[None])[0].sum()) for accepted_WL, steps_W in
+                              ((found.static_WL, found.static_steps_W), (found.served_WL, found.served_steps_W)))
+            time_C = self.cells.served_C[known]
+            out.append(Replayed(*line, len(found.at_W), found.prompts, static, served,
+                                interval(self.factor_SC[:, known] @ time_C / time_C.sum(), found.prompts)))
         return out
 
 
-def _speed(shares_L: Floats, ratio_L: Floats) -> float:
-    """Tokens per time of a plain step: at the best draft length, 1 without a draft."""
-    tokens_L = 1.0 + np.cumsum(shares_L)
-    return float(max(1.0, np.nanmax(tokens_L / ratio_L, initial=1.0)))
+def speed(shares_SL: Floats, ratio_SL: Floats) -> Floats:
+    """[S]: tokens per time of a plain step at the best draft length; 1 without a draft. A length that was never served is passed over."""
+    tokens_SL = 1.0 + np.cumsum(shares_SL, axis=1)
+    best: Floats = np.nan_to_num(tokens_SL / ratio_SL, nan=1.0).max(axis=1, initial=1.0)
+    return best
 
 
 def _by_length(steps: Steps, ratio_SK: Floats) -> list[tuple[int, Floats, float]]:

@@ -56,9 +56,10 @@ def _sums(found: Savings) -> str:
 
 
 def _replays(found: Savings) -> str:
-    rows = [[r.workload, r.draft_version, str(r.prompts), f"{r.static_length:.2f}", f"{r.served_length:.2f}", _span(r.speed, "{:.2f}", "x")]
-            for r in found.replays]
-    return table(("workload", "draft", "#prompts", f"#{found.static_version} accepts", "#it accepts", "#faster than static, 95 %"), rows)
+    columns = ("workload", "draft", "#held-out requests", "#prompts", f"#{found.static_version} accepts", "#it accepts",
+               "#faster than static, 95 %")
+    return table(columns, [[r.workload, r.draft_version, str(r.windows), str(r.prompts), f"{r.static_length:.2f}", f"{r.served_length:.2f}",
+                            _span(r.speed, "{:.2f}", "x")] for r in found.replays])
 
 
 def _how(found: Savings) -> str:
@@ -69,8 +70,8 @@ def _how(found: Savings) -> str:
             "counts as one of serving.",
             f"Against no speculation: measured step times, the machine's load divided out; a step costs, by draft length, {costs} times a "
             "step without a draft." if costs else "",
-            f"Against the static draft: {found.static_version}, the first that was served, and the drafts after it replayed on the same "
-            "held-out captured requests of each regime (from one drift to the next)." if static else "",
+            f"Against the static draft: {found.static_version}, the first that was served, and each draft after it replayed on the same "
+            "held-out requests that were captured of it, each moment by the nearest ones." if static else "",
             f"Left out, as nothing tells: {' and '.join(unjudged)}." if unjudged else ""]
     return note(" ".join(text for text in told if text))
 
