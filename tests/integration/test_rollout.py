@@ -58,7 +58,7 @@ def challenger(config: TideConfig, champion: Deployment, tmp_path: Path, tiny_ta
 
 def passed(build: EngineBuild, **over: object) -> GateVerdict:
     doors = {name: {"passed": True, "reason": "good"} for name in DOORS}
-    doors["offline"]["champion_first_position"] = 0.3  # type: ignore[assignment]
+    doors["offline"] |= {"champion_first_position": 0.3, "challenger_first_position": 0.8}  # type: ignore[dict-item]
     return dataclasses.replace(GateVerdict(True, doors, "v1", build.draft_version, build.draft_digest), **over)  # type: ignore[arg-type]
 
 
@@ -98,6 +98,7 @@ def test_only_the_canary_serves_the_new_draft_until_it_is_baked(config: TideConf
     history = DeploymentRecord(config.state.deployments, "tiny").history()
     assert stages(config) == ["stable", "canary", "rolling", "rolling", "stable"]
     assert [len(d.canary_replicas) for d in history] == [0, 1, 2, 3, 0] and {d.began for d in history} == {0, 2}
+    assert [d.first_position for d in history] == [0.0, 0.8, 0.8, 0.8, 0.8], "what the gate promised goes with the rollout"
     assert history[1].canary_replicas == ("replica-0",) and history[3].groups["rest"] == champion.groups["rest"]
     served = [["de" in seen for seen in r.digests_seen] for r in (one, two, three)]
     assert [seen.index(True) for seen in served] == [1, 2, 3], "one after the other"

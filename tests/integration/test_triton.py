@@ -214,7 +214,10 @@ def check_swap(place: Place, client: TritonClient, results: list[GenerationResul
     for name in ("tide_speculation_off_seconds_total", "tide_running_requests", "tide_waiting_requests", "tide_kv_tokens_used",
                  "tide_dropped_tokens_total", "tide_sink_errors_total", "tide_draft_agent_error"):
         assert any(series.startswith(name) for series in metrics), name
-    assert value(metrics, "tide_deployment") == 2
+    assert value(metrics, "tide_deployment") == value(metrics, "tide_deployment_desired") == 2
+    assert value(metrics, "tide_digest_mismatches_total") == 0
+    assert 0 <= time.time() - value(metrics, "tide_draft_deployed_timestamp_seconds", "v2-two") < 3_600
+    assert value(metrics, "tide_draft_deployed_timestamp_seconds", "v1-one") == 0, "no longer served"
 
 
 def test_the_document_lists_what_is_published(client: TritonClient) -> None:

@@ -31,7 +31,8 @@ def load_mlflow() -> type[MlflowClient]:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient
+    made: type[MlflowClient] = MlflowClient
+    return made
 
 
 def connect(uri: str) -> MlflowClient:
