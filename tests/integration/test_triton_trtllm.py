@@ -3,6 +3,7 @@ repository that `tide build` rendered; the lake; and a rollout in which a new se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -165,6 +166,44 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
         supervisor.terminate()
         supervisor.wait(60)
         supervisor.communicate()
+
+
+def test_restarted_in_its_place_there_are_never_two_servers(tmp_path: Path, on_path: None) -> None:
+    """serve.draft_swap = "restart", for GPUs that hold one: the old server is gone before the new one starts."""
+    place = write_trtllm_place(tmp_path, "1.3", {**SERVE, "serve": {**SERVE["serve"], "draft_swap": "restart"}})
+    file = tmp_path / "supervisor.json"
+    first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
+    place.deploy({"*": first.build_id})
+    supervisor = supervise(place, file)
+    try:
+        until(lambda: state_of(file).get("state") == "ready", 240)
+        before, most = state_of(file), 0
+        assert TritonClient(before["http_url"], "tiny").generate(ask("old", "hello", max_tokens=5)).draft_version == "v1-one"
+        place.deploy({"*": second.build_id})
+        gives_up = time.monotonic() + 240
+        while state_of(file).get("successions") != 1 and time.monotonic() < gives_up:
+            most = max(most, len(servers_under(supervisor.pid)))
+            time.sleep(0.02)
+        after = state_of(file)
+        assert most == 1 and (after["state"], after["successions"], after["restarts"]) == ("ready", 1, 0)
+        assert after["triton_pid"] != before["triton_pid"] and not group_members(before["triton_pid"])
+        assert TritonClient(after["http_url"], "tiny").generate(ask("new", "hello", max_tokens=5)).draft_version == "v2-two"
+    finally:
+        supervisor.terminate()
+        supervisor.wait(60)
+        supervisor.communicate()
+
+
+def servers_under(parent: int) -> list[int]:
+    """Children of a process that run tritonserver."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = stat.read_text().partition(" (")
+            name, _, fields = rest.rpartition(") ")
+            if int(fields.split()[1]) == parent and name.startswith("tritonserver"):
+                found.append(int(pid))
+    return found
 
 
 def test_a_successor_that_does_not_load_leaves_the_old_server(tmp_path: Path, on_path: None) -> None:
