@@ -19,7 +19,9 @@ from tide_pipeline.training.average import Average
 from tide_pipeline.training.data import find_windows, read_held_out
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
+from tide_pipeline.training.shares import Shares
 from tide_pipeline.training.target_head import target_head_of
+from tide_pipeline.training.team import Team
 
 EXACT = {"time_budget_s": 0.0, "max_steps": 40, "eval_every_steps": 10, "eval_share": 0.25, "window_rows": 48, "learning_rate": 5e-3,
          "warmup_steps": 3, "autocast": False}
@@ -38,7 +40,8 @@ def provenance(folder: Path) -> dict[str, object]:
 def test_the_average_is_an_exponential_one_with_a_short_beginning(config: TideConfig) -> None:
     draft = random_draft(open_target(config).shape)
     draft.lm_head.weight.requires_grad_(False)
-    average, wanted = Average(draft, 0.5), draft.fc.weight.detach().clone()
+    trained = Shares(draft, Team()).mine
+    average, wanted = Average(trained, 0.5), draft.fc.weight.detach().clone()
     for step in range(12):
         with torch.no_grad():
             draft.fc.weight.add_(torch.randn_like(draft.fc.weight))
@@ -47,7 +50,7 @@ def test_the_average_is_an_exponential_one_with_a_short_beginning(config: TideCo
         wanted = decay * wanted + (1 - decay) * draft.fc.weight.detach()
     torch.testing.assert_close(average.held["fc.weight"], wanted)
     assert "lm_head.weight" not in average.held                                   # it is not trained
-    assert Average(draft, 0.0).held == {}
+    assert Average(trained, 0.0).held == {}
 
 
 def test_averaged_weights_are_exported_when_they_are_better(config: TideConfig, tmp_path: Path) -> None:
