@@ -88,6 +88,27 @@ def test_measuring_the_average_leaves_the_training_as_it_is(config: TideConfig, 
     assert ends[0].equal(ends[1])
 
 
+def test_what_is_exported_lies_a_little_back_towards_the_champion(config: TideConfig, tmp_path: Path) -> None:
+    """Also of a run that was stopped and gone on with; what is recorded is measured on what is exported."""
+    champion, head = tmp_path / "champion", target_head_of(config)
+    train_draft(override(config, {"training": {"max_steps": 5}}), workload="de", out_dir=champion)
+    ends = {}
+    for share in (0.0, 0.25):
+        folder, asked = tmp_path / str(share), itertools.count(1)
+        run_config = override(config, {"training": {"champion_share": share}})
+        with pytest.raises(TrainingInterrupted):
+            train_draft(run_config, workload="de", out_dir=folder, champion=champion, should_stop=lambda asked=asked: next(asked) == 15)
+        made = train_draft(run_config, workload="de", out_dir=folder, champion=champion)
+        ends[share] = load_draft(folder, head.shape, head.identity).fc.weight
+        held_out = [s for s in read_held_out(find_windows(config, "de", head.digest), head, 99) if s.window.workload == "de"]
+        measured = acceptance_length(replay(load_draft(folder, head.shape, head.identity), head, held_out, config.gate.draft_length))
+        assert measured == pytest.approx(made.acceptance_length, abs=0.1)         # in bf16, as it is served
+    begun = load_draft(champion, head.shape, head.identity).fc.weight
+    assert (ends[0.0] - begun).norm() > 0.05 * begun.norm()
+    torch.testing.assert_close(ends[0.25], torch.lerp(ends[0.0], begun, 0.25), rtol=0.01, atol=1e-3)
+    assert provenance(tmp_path / "0.25")["trained_acceptance_length"] == provenance(tmp_path / "0.0")["acceptance_length"]
+
+
 def test_patience_ends_a_run_that_does_not_gain(config: TideConfig, tmp_path: Path) -> None:
     train_draft(override(config, {"training": {"learning_rate": 0.0, "patience": 2}}), workload="de", out_dir=tmp_path)
     born = provenance(tmp_path)

@@ -19,7 +19,9 @@ from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.checkpoint import save_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import digest_bytes, write_json
+from tide_pipeline.training.anchor import Anchor
 from tide_pipeline.training.average import Average
+from tide_pipeline.training.certificate import of_windows
 from tide_pipeline.training.gradient import GradientMaker, Rows, blame, divisors
 from tide_pipeline.training.look import Look
 from tide_pipeline.training.loss import LossWeights
@@ -67,6 +69,7 @@ class Run:
         for_scaled_taps(self.draft, self.scale_G)
         self.draft.lm_head.weight.requires_grad_(s.train_lm_head)
         self.shares = Shares(self.draft, team)
+        self.anchor = Anchor(self.shares.trained, s.champion_share if origin.get("parent_digest") else 0.0)
         self.optimizer = Optimizer(self.shares.mine, s)
         self.average = Average(self.shares.mine, s.ema_decay)
         self.stream = open_stream(s, look, head, reader, team, self.held_out, self.scale_G)
@@ -202,7 +205,7 @@ class Run:
                                   c.start_acceptance, speed, left))
 
     def finish(self, parent: str) -> DraftCheckpoint:
-        """Evaluate the last weights, keep the better of last and best, write the checkpoint folder."""
+        """Evaluate the last weights, take the better of last and best, a little back to the champion; write the checkpoint folder."""
         c, s, w = self.counters, self.settings, self.windows
         if len(set(self.team.everyones(self.fingerprint()))) > 1:
             raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
@@ -211,6 +214,10 @@ class Run:
             self.tell("evaluating")
             self.evaluate()
         self.draft.load_state_dict(self.selection.best)
+        trained_acceptance = c.best_acceptance
+        if self.anchor.begun:
+            self.anchor.pull()
+            c.best_acceptance = self.selection.acceptance_on(self.held_out)
         self.tell("saving")
         self.stream.close()
         replayed = self.mine(newest_greedy(self.reader.locate(w.replay_held_out)[0], s.eval_windows))      # those that are still there
@@ -219,10 +226,8 @@ class Run:
             "workload": self.workload, "parent": parent, "settings": dataclasses.asdict(s), "seed": s.seed, "steps": c.step,
             "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size,
             "kept_bytes": [int(text) for text in self.team.everyones(str(self.kept_bytes()))], "micro_batches": c.parts,
-            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(w.train), "rows": w.num_rows,
-            "requests": len({window.request_id for window in w.train}), "prompts": len({window.prompt_digest for window in w.train}),
-            "shards": shards(w.train), "shard_digests": shard_digests(w.train), "skipped": dict(w.skipped),
-            "engine_digest": self.head.digest, **self.origin,
+            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), **of_windows(w),
+            "engine_digest": self.head.digest, **self.origin, "trained_acceptance_length": trained_acceptance,
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
         for_raw_taps(self.draft, self.scale_G)
@@ -248,19 +253,3 @@ class Run:
                                      len(w.train), w.num_rows, c.best_acceptance)
         write_json(self.folder / CHECKPOINT, dataclasses.asdict(checkpoint))
         finish(self.folder)
-
-
-def shards(windows: Sequence[SignalWindow]) -> dict[str, list[int]]:
-    """Shard uri -> rows of it that were trained on."""
-    found: dict[str, list[int]] = {}
-    for w in windows:
-        found.setdefault(w.uri, []).append(w.row)
-    return {uri: sorted(rows) for uri, rows in sorted(found.items())}
-
-
-def shard_digests(windows: Sequence[SignalWindow]) -> dict[str, str]:
-    """Shard uri -> SHA-256 over the digests of the windows of it that were trained on, in row order: one window's own stays in the lake."""
-    found: dict[str, list[str]] = {}
-    for w in sorted(windows, key=lambda w: w.row):
-        found.setdefault(w.uri, []).append(w.digest)
-    return {uri: digest_bytes("\n".join(digests).encode()) for uri, digests in sorted(found.items())}
