@@ -118,6 +118,7 @@ class TrainingSettings:
     eval_every_s: float = 10.0
     patience: int = 0                  # evaluations without a gain after which a run stops early; 0 is never
     ema_decay: float = 0.0             # of averaged weights, evaluated beside the live ones and exported when better; 0 is off
+    champion_share: float = 0.0        # of the exported weights: this much of the way back to where they began; 0 is off
     checkpoint_every_s: float = 15.0   # 0 is after every step
     max_windows: int = 4_000           # newest of the drifted workload; replay has as many, shared by the other workloads
     cache_mb: float = 4_096.0          # of states (10^6 bytes) in the memory of a process; windows beyond it are read as they come up

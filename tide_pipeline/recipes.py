@@ -20,7 +20,7 @@ def pocket_cpu() -> TideConfig:
     """The embedded engine on the pocket target: one core serves, the other trains."""
     root = project_root()
     config = TideConfig(engine="pocket", engines_dir=str(root / "engines"), state_dir=str(root / ".tide"))
-    return override(config, {"training": {"draft_vocab_size": 3072, "time_budget_s": 90.0},
+    return override(config, {"training": {"draft_vocab_size": 3072, "time_budget_s": 90.0, "champion_share": 0.1},
                              "speculation": {"survival_window": 80}})
 
 

@@ -98,12 +98,24 @@ def test_training_a_draft_by_hand() -> None:
     config = recipes.on_gpus("qwen3-8b/+a10", ENGINES)
     m = training_memory(spec_of("qwen3-8b"), config.training, GPUS["a10"])
     layer = 3 * 4_096**2 + 6_144 * 8_192 + 4_096**2 + 3 * 4_096 * 12_288 + 4 * 4_096
-    assert m.trained == 16 * layer + 4 * 32_000 * 4_096                                  # AdamW in fp32; lm_head is frozen
+    assert m.trained == 8 * layer + 4 * 32_000 * 4_096                                   # weights and gradients in fp32; lm_head is frozen
+    assert m.kept == 8 * layer                                                           # AdamW's moments
     assert m.frozen == 2 * 151_936 * 4_096 * 4
     assert m.activations == 3 * 1_024 * ((6 * 4_096 + 3 * 12_288 + 4 * 32 * 128 + 2 * 32_000) * 4 + 32 * 1_024 * 4)
     assert m.fits
     muon = training_memory(spec_of("qwen3-8b"), replace(config.training, optimizer="muon"), GPUS["a10"])
-    assert m.trained - muon.trained == 4 * layer
+    assert m.kept - muon.kept == 4 * layer
+    averaged = training_memory(spec_of("qwen3-8b"), replace(config.training, ema_decay=0.9), GPUS["a10"])
+    assert averaged.kept - m.kept == 4 * layer
+
+
+def test_processes_share_the_optimizer_state_by_whole_tensors() -> None:
+    spec, settings = spec_of("llama-3.3-70b"), recipes.on_gpus("llama-3.3-70b/+l40s", ENGINES).training
+    kept = [training_memory(spec, replace(settings, train_devices=("cuda:0",) * n), GPUS["l40s"]).kept for n in (1, 2, 8)]
+    layer = 3 * 8_192**2 + 10_240 * 16_384 + 8_192**2 + 3 * 8_192 * 28_672
+    assert kept[0] == 8 * (layer + 4 * 8_192)
+    assert 0.5 * kept[0] <= kept[1] < 0.502 * kept[0]
+    assert kept[2] == 8 * 8_192 * 28_672                                                 # one matrix of the MLP: it is not cut
 
 
 def test_a_draft_without_an_lm_head_and_one_of_the_whole_vocabulary() -> None:

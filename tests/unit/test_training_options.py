@@ -19,7 +19,9 @@ from tide_pipeline.training.average import Average
 from tide_pipeline.training.data import find_windows, read_held_out
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
+from tide_pipeline.training.shares import Shares
 from tide_pipeline.training.target_head import target_head_of
+from tide_pipeline.training.team import Team
 
 EXACT = {"time_budget_s": 0.0, "max_steps": 40, "eval_every_steps": 10, "eval_share": 0.25, "window_rows": 48, "learning_rate": 5e-3,
          "warmup_steps": 3, "autocast": False}
@@ -38,7 +40,8 @@ def provenance(folder: Path) -> dict[str, object]:
 def test_the_average_is_an_exponential_one_with_a_short_beginning(config: TideConfig) -> None:
     draft = random_draft(open_target(config).shape)
     draft.lm_head.weight.requires_grad_(False)
-    average, wanted = Average(draft, 0.5), draft.fc.weight.detach().clone()
+    trained = Shares(draft, Team()).mine
+    average, wanted = Average(trained, 0.5), draft.fc.weight.detach().clone()
     for step in range(12):
         with torch.no_grad():
             draft.fc.weight.add_(torch.randn_like(draft.fc.weight))
@@ -47,7 +50,7 @@ def test_the_average_is_an_exponential_one_with_a_short_beginning(config: TideCo
         wanted = decay * wanted + (1 - decay) * draft.fc.weight.detach()
     torch.testing.assert_close(average.held["fc.weight"], wanted)
     assert "lm_head.weight" not in average.held                                   # it is not trained
-    assert Average(draft, 0.0).held == {}
+    assert Average(trained, 0.0).held == {}
 
 
 def test_averaged_weights_are_exported_when_they_are_better(config: TideConfig, tmp_path: Path) -> None:
@@ -83,6 +86,27 @@ def test_measuring_the_average_leaves_the_training_as_it_is(config: TideConfig, 
             train_draft(run_config, workload="de", out_dir=tmp_path / str(decay))
         ends += seen
     assert ends[0].equal(ends[1])
+
+
+def test_what_is_exported_lies_a_little_back_towards_the_champion(config: TideConfig, tmp_path: Path) -> None:
+    """Also of a run that was stopped and gone on with; what is recorded is measured on what is exported."""
+    champion, head = tmp_path / "champion", target_head_of(config)
+    train_draft(override(config, {"training": {"max_steps": 5}}), workload="de", out_dir=champion)
+    ends = {}
+    for share in (0.0, 0.25):
+        folder, asked = tmp_path / str(share), itertools.count(1)
+        run_config = override(config, {"training": {"champion_share": share}})
+        with pytest.raises(TrainingInterrupted):
+            train_draft(run_config, workload="de", out_dir=folder, champion=champion, should_stop=lambda asked=asked: next(asked) == 15)
+        made = train_draft(run_config, workload="de", out_dir=folder, champion=champion)
+        ends[share] = load_draft(folder, head.shape, head.identity).fc.weight
+        held_out = [s for s in read_held_out(find_windows(config, "de", head.digest), head, 99) if s.window.workload == "de"]
+        measured = acceptance_length(replay(load_draft(folder, head.shape, head.identity), head, held_out, config.gate.draft_length))
+        assert measured == pytest.approx(made.acceptance_length, abs=0.1)         # in bf16, as it is served
+    begun = load_draft(champion, head.shape, head.identity).fc.weight
+    assert (ends[0.0] - begun).norm() > 0.05 * begun.norm()
+    torch.testing.assert_close(ends[0.25], torch.lerp(ends[0.0], begun, 0.25), rtol=0.01, atol=1e-3)
+    assert provenance(tmp_path / "0.25")["trained_acceptance_length"] == provenance(tmp_path / "0.0")["acceptance_length"]
 
 
 def test_patience_ends_a_run_that_does_not_gain(config: TideConfig, tmp_path: Path) -> None:

@@ -43,5 +43,6 @@ def training_fits(spec: EngineSpec, config: TideConfig) -> str:
         raise SettingsError(
             f"{gpu.name}: training takes {m.total / GB:.1f} GB, it has {gpu.memory / GB:.1f} ({m.activations / GB:.1f} GB are one row of "
             f"training.window_rows = {settings.window_rows} over training.ttt_steps = {settings.ttt_steps}): lower those, set "
-            "training.optimizer = \"muon\" or training.draft_vocab_size, or take a larger GPU. More GPUs do not help: each holds it all")
+            "training.optimizer = \"muon\" or training.draft_vocab_size, or take a larger GPU. More of training.train_devices share "
+            f"the {m.kept / GB:.1f} GB of optimizer state alone")
     return f"{gpu.name}: {m.total / GB:.1f} of {gpu.memory / GB:.1f} GB"

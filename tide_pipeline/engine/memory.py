@@ -9,6 +9,7 @@ D = hidden size, E = head size, I = intermediate size, V = vocabulary, U = the d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tide_pipeline.config import ServeSettings, TrainingSettings
@@ -20,7 +21,8 @@ OVERHEAD = 3 * 10**9               # CUDA context, NCCL, workspaces, captured gr
 TRAIN_OVERHEAD = 15 * 10**8
 RING_SLOTS = 4                     # steps in the capture ring on the device
 TYPICAL_CONTEXT = 2_048            # tokens a running request is given room for, at least
-ADAM_BYTES, MUON_BYTES = 16, 12    # a trained parameter in fp32: weight, gradient, two moments (one)
+TRAINED_BYTES = 8                  # a trained parameter in fp32, in every process: weight, gradient
+ADAM_BYTES, MUON_BYTES = 8, 4      # with its owner: two moments (one)
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,17 @@ class ServingMemory:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """One training GPU's share; processes of a team hold the same."""
+    """One training GPU's share: of a team's, the one that keeps most."""
 
     gpu: Gpu
-    trained: int                   # parameters with gradient and optimizer state
+    trained: int                   # parameters with gradient, the frozen lm_head of the draft
+    kept: int                      # optimizer state, and the average of the weights, of the tensors that it owns
     frozen: int                    # embeddings and lm_heads
     activations: int               # of one row of window_rows tokens: the least that a micro-batch can be
 
     @property
     def total(self) -> int:
-        return self.trained + self.frozen + self.activations + TRAIN_OVERHEAD
+        return self.trained + self.kept + self.frozen + self.activations + TRAIN_OVERHEAD
 
     @property
     def fits(self) -> bool:
@@ -84,10 +87,15 @@ def draft_sizes(a: Architecture, draft: StartingDraft) -> StartingDraft:
     return replace(draft, intermediate_size=draft.intermediate_size or a.intermediate_size, vocab_size=draft.vocab_size or a.vocab_size)
 
 
-def draft_parameters(a: Architecture, draft: StartingDraft, num_taps: int = 3) -> int:
-    """Of fc, one decoder layer and the norms; no lm_head."""
+def draft_tensors(a: Architecture, draft: StartingDraft, num_taps: int = 3) -> list[int]:
+    """Parameters of each tensor: fc, one decoder layer and the norms; no lm_head."""
     D, q, kv = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    return num_taps * D * D + (q + 2 * kv) * 2 * D + D * q + 3 * D * draft_sizes(a, draft).intermediate_size + 4 * D
+    return [num_taps * D * D, *(rows * 2 * D for rows in (q, kv, kv)), D * q, *3 * [D * draft_sizes(a, draft).intermediate_size], *4 * [D]]
+
+
+def draft_parameters(a: Architecture, draft: StartingDraft, num_taps: int = 3) -> int:
+    """Of all of them together."""
+    return sum(draft_tensors(a, draft, num_taps))
 
 
 def draft_bytes(a: Architecture, draft: StartingDraft, num_taps: int = 3) -> int:
@@ -99,6 +107,15 @@ def draft_bytes(a: Architecture, draft: StartingDraft, num_taps: int = 3) -> int
 def kv_bytes_per_token(a: Architecture, gpus: int = 1, value_bytes: int = BF16) -> int:
     """Keys and values of one token in every layer, and in the draft's own. A head is not split: beyond their number it is repeated."""
     return 2 * math.ceil(a.num_key_value_heads / gpus) * a.head_dim * value_bytes * (a.num_hidden_layers + 1)
+
+
+def deal(sizes: Sequence[int], processes: int) -> list[int]:
+    """Who of a training team keeps the optimizer state of each tensor: the largest first, to whoever has least so far."""
+    held, owners = [0] * processes, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = held.index(min(held))
+        held[owners[i]] += sizes[i]
+    return owners
 
 
 def tap_row_bytes(a: Architecture, num_taps: int = 3) -> int:
@@ -133,12 +150,18 @@ def serving_memory(spec: EngineSpec, serve: ServeSettings, gpu: Gpu, draft_lengt
 
 
 def training_memory(spec: EngineSpec, settings: TrainingSettings, gpu: Gpu) -> TrainingMemory:
-    """One GPU's share. All is in fp32, as in training/run.py; activations are of one row of a batch, unrolled `ttt_steps` times."""
+    """One GPU's share, with one process on each of `train_devices`. All is in fp32, as in training/run.py; activations are of one row of
+    a batch, unrolled `ttt_steps` times. The best weights so far are in host memory.
+    """
     a, draft, D = spec.architecture, draft_sizes(spec.architecture, spec.draft), spec.architecture.hidden_size
-    U, rows = settings.draft_vocab_size or draft.vocab_size, settings.window_rows
-    per_parameter = MUON_BYTES if settings.optimizer == "muon" else ADAM_BYTES
+    U, rows, processes = settings.draft_vocab_size or draft.vocab_size, settings.window_rows, max(len(settings.train_devices), 1)
     head = U * D
-    trained = per_parameter * draft_parameters(a, draft, len(spec.capture_layers)) + head * (ADAM_BYTES if settings.train_lm_head else FP32)
+    sizes = draft_tensors(a, draft, len(spec.capture_layers)) + [head] * settings.train_lm_head
+    owned = [0] * processes
+    for size, owner in zip(sizes, deal(sizes, processes), strict=True):
+        owned[owner] += size
+    kept = (MUON_BYTES if settings.optimizer == "muon" else ADAM_BYTES) + (FP32 if settings.ema_decay > 0 else 0)
     token = (6 * D + 3 * draft.intermediate_size + 4 * a.num_attention_heads * a.head_dim + 2 * U) * FP32
     scores = a.num_attention_heads * rows * FP32
-    return TrainingMemory(gpu, trained, 2 * a.vocab_size * D * FP32, settings.ttt_steps * rows * (token + scores))
+    return TrainingMemory(gpu, TRAINED_BYTES * sum(sizes) + (0 if settings.train_lm_head else FP32 * head), kept * max(owned),
+                          2 * a.vocab_size * D * FP32, settings.ttt_steps * rows * (token + scores))

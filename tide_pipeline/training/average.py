@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
-from tide_pipeline.models.eagle3 import Eagle3Draft
+import torch
+from torch import Tensor, nn
 
 RAMP = 10.0                        # the first averages are short ones: decay (1 + n) / (RAMP + n) after n updates
 
@@ -13,9 +13,10 @@ RAMP = 10.0                        # the first averages are short ones: decay (1
 class Average:
     """Off at decay 0: holds nothing and costs nothing."""
 
-    def __init__(self, draft: Eagle3Draft, decay: float) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Of the tensors `trained`, by name; of a team, those that this process owns."""
         self.decay = decay
-        named = {name: p for name, p in draft.named_parameters() if p.requires_grad} if decay > 0 else {}
+        named = trained if decay > 0 else {}
         self.live = list(named.values())
         self.held: dict[str, Tensor] = {name: p.detach().clone() for name, p in named.items()}
 

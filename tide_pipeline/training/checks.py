@@ -6,7 +6,7 @@ from tide_pipeline.config import TrainingSettings
 from tide_pipeline.errors import SettingsError
 from tide_pipeline.training.optimizer import OPTIMIZERS, SCHEDULES
 
-SHARES = ("soft_share", "accept_share", "replay_share", "eval_share")
+SHARES = ("soft_share", "accept_share", "replay_share", "eval_share", "champion_share")
 
 
 def check(settings: TrainingSettings, processes: int = 1) -> TrainingSettings:

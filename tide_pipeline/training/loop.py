@@ -34,7 +34,7 @@ from tide_pipeline.training.vocabulary import frequent_tokens, new_draft, with_v
 
 __all__ = ["TrainingInterrupted", "train_draft"]
 
-FREE = ("cache_mb",)               # settings that change nothing about the draft: a run may be gone on with under others
+FREE = ("cache_mb", "train_devices")       # settings that change nothing about the draft, or its rounding: a run may go on under others
 
 
 def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: Path | None = None, parent: str = "",
@@ -61,7 +61,7 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
     origin = digest_draft(champion) if champion else ""
     parent = parent or origin[:12]
     facts = {"workload": workload, "engine_digest": head.digest, "parent": parent, "champion": origin, "focus_since": focus_since,
-             "processes": team.size, "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}}
+             "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}}
     if team.latest(float(team.is_first and finished(out_dir, facts)))[0]:
         return read_checkpoint(out_dir)
     reader = window_reader(config)

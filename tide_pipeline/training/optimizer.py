@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -23,13 +23,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class Optimizer:
     """AdamW, or Muon for the matrices of the layer and AdamW for the rest, under one learning-rate factor."""
 
-    def __init__(self, draft: nn.Module, settings: TrainingSettings) -> None:
-        named = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.dim() == 2 and n != "lm_head.weight"] if settings.optimizer == "muon" else []
+    def __init__(self, trained: Mapping[str, nn.Parameter], settings: TrainingSettings) -> None:
+        """Of the tensors `trained`, by name; of a team, those that this process owns."""
+        matrices = [p for n, p in trained.items() if p.dim() == 2 and n != "lm_head.weight"] if settings.optimizer == "muon" else []
         taken = {id(p) for p in matrices}
-        rest = [p for _, p in named if id(p) not in taken]
-        self.names = {id(p): n for n, p in named}
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+        rest = [p for p in trained.values() if id(p) not in taken]
+        self.names = {id(p): n for n, p in trained.items()}
+        self.parts: list[torch.optim.Optimizer] = []
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=0.0))
         self.rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
@@ -48,12 +50,13 @@ class Optimizer:
                 for part in self.parts for p, state in part.state.items() for key, value in state.items()}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Take back what `tensors` gave, its own part of it; to where the parameters are, but for the counts of steps."""
         for part in self.parts:
             for group in part.param_groups:
                 for p in group["params"]:
                     prefix = f"{self.names[id(p)]}/"
-                    part.state[p] = {name.removeprefix(prefix): t.clone() for name, t in tensors.items() if name.startswith(prefix)}
+                    part.state[p] = {name.removeprefix(prefix): t.clone() if t.dim() == 0 else t.to(p.device, copy=True)
+                                     for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def rate_factor(step: int, share: float, warmup_steps: int, schedule: str = "linear") -> float:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors.torch import save
 
 from tide_pipeline.capture.reader import WindowStates
@@ -20,7 +19,9 @@ from tide_pipeline.errors import TrainingFailed
 from tide_pipeline.models.checkpoint import save_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import digest_bytes, write_json
+from tide_pipeline.training.anchor import Anchor
 from tide_pipeline.training.average import Average
+from tide_pipeline.training.certificate import of_windows
 from tide_pipeline.training.gradient import GradientMaker, Rows, blame, divisors
 from tide_pipeline.training.look import Look
 from tide_pipeline.training.loss import LossWeights
@@ -29,6 +30,7 @@ from tide_pipeline.training.places import WindowReader
 from tide_pipeline.training.progress import TrainProgress
 from tide_pipeline.training.scale import channel_scale, for_raw_taps, for_scaled_taps, scaled
 from tide_pipeline.training.selection import AVERAGED, LIVE, Selection, newest_greedy
+from tide_pipeline.training.shares import Shares
 from tide_pipeline.training.snapshot import (
     CHECKPOINT,
     Counters,
@@ -66,12 +68,14 @@ class Run:
         self.draft = draft.to(team.device)
         for_scaled_taps(self.draft, self.scale_G)
         self.draft.lm_head.weight.requires_grad_(s.train_lm_head)
-        self.optimizer = Optimizer(self.draft, s)
-        self.average = Average(self.draft, s.ema_decay)
+        self.shares = Shares(self.draft, team)
+        self.anchor = Anchor(self.shares.trained, s.champion_share if origin.get("parent_digest") else 0.0)
+        self.optimizer = Optimizer(self.shares.mine, s)
+        self.average = Average(self.shares.mine, s.ema_decay)
         self.stream = open_stream(s, look, head, reader, team, self.held_out, self.scale_G)
         weights = LossWeights(s.ttt_steps, s.soft_share, s.step_decay, s.accept_share, s.reject_weight)
         self.maker = GradientMaker(self.draft, head, weights, s.window_rows, s.autocast, s.accumulate)
-        self.selection = Selection(self.maker, self.average, config.gate.draft_length, team)
+        self.selection = Selection(self.maker, self.average, config.gate.draft_length, self.shares)
         self.counters = Counters()
         self.report, self.should_stop = progress, should_stop
         self.losses: list[float] = []
@@ -98,9 +102,10 @@ class Run:
 
     def save(self) -> None:
         """The snapshot `resume` takes up."""
+        average, optimizer = self.team.collect(self.average.held), self.team.collect(self.optimizer.tensors())
         if self.team.is_first:
             save_snapshot(self.folder, self.counters, {
-                "draft": self.draft.state_dict(), "average": self.average.held, "optimizer": self.optimizer.tensors(),
+                "draft": self.draft.state_dict(), "average": average, "optimizer": optimizer,
                 "best": self.selection.best, "scale": {"taps": self.scale_G}, "random": random_states()})
 
     def train(self) -> None:
@@ -136,15 +141,14 @@ class Run:
         rows, mine = self.stream.batch(c.step)
         loss = self.maker.run(mine, divisors(rows, mine, self.maker.weights, self.team))
         c.parts = self.maker.parts
-        trained = self.maker.trained
-        self.team.add_up([loss, *(p.grad for p in trained if p.grad is not None)])
-        value = loss.item()
+        self.team.add_up([loss])
+        value, norm = loss.item(), self.shares.sum_gradients(s.clip_norm)
         if c.step == 0:
             c.first_loss = value
-        norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_norm if s.clip_norm > 0 else math.inf).item()
         if not math.isfinite(value) or not math.isfinite(norm) or value > 3 * c.first_loss + 10:
             self.stop_at(value, norm, mine)
         self.optimizer.step(rate_factor(c.step, self.share(), s.warmup_steps, s.schedule))
+        self.shares.hand_out()
         self.average.update(c.step)
         self.losses.append(value)
         c.mean_loss = value if c.step == 0 else 0.95 * c.mean_loss + 0.05 * value
@@ -201,7 +205,7 @@ class Run:
                                   c.start_acceptance, speed, left))
 
     def finish(self, parent: str) -> DraftCheckpoint:
-        """Evaluate the last weights, keep the better of last and best, write the checkpoint folder."""
+        """Evaluate the last weights, take the better of last and best, a little back to the champion; write the checkpoint folder."""
         c, s, w = self.counters, self.settings, self.windows
         if len(set(self.team.everyones(self.fingerprint()))) > 1:
             raise TrainingFailed(f"the {self.team.size} processes hold different weights at step {c.step}, which must not happen: train "
@@ -210,17 +214,20 @@ class Run:
             self.tell("evaluating")
             self.evaluate()
         self.draft.load_state_dict(self.selection.best)
+        trained_acceptance = c.best_acceptance
+        if self.anchor.begun:
+            self.anchor.pull()
+            c.best_acceptance = self.selection.acceptance_on(self.held_out)
         self.tell("saving")
         self.stream.close()
         replayed = self.mine(newest_greedy(self.reader.locate(w.replay_held_out)[0], s.eval_windows))      # those that are still there
         replay_acceptance = self.selection.acceptance_on(replayed) if w.replay_held_out else 0.0
         provenance: dict[str, Any] = {
             "workload": self.workload, "parent": parent, "settings": dataclasses.asdict(s), "seed": s.seed, "steps": c.step,
-            "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size, "micro_batches": c.parts,
-            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), "windows": len(w.train), "rows": w.num_rows,
-            "requests": len({window.request_id for window in w.train}), "prompts": len({window.prompt_digest for window in w.train}),
-            "shards": shards(w.train), "shard_digests": shard_digests(w.train), "skipped": dict(w.skipped),
-             "engine_digest": self.head.digest, **self.origin,
+            "best_step": c.best_step, "best_weights": c.best_source, "processes": self.team.size,
+            "kept_bytes": [int(text) for text in self.team.everyones(str(self.kept_bytes()))], "micro_batches": c.parts,
+            "stopped_early": self.out_of_patience(), "train_s": round(c.elapsed_s, 1), **of_windows(w),
+            "engine_digest": self.head.digest, **self.origin, "trained_acceptance_length": trained_acceptance,
             "acceptance_length": c.best_acceptance, "start_acceptance_length": c.start_acceptance,
             "replay_acceptance_length": replay_acceptance, "curve": c.curve}
         for_raw_taps(self.draft, self.scale_G)
@@ -229,6 +236,10 @@ class Run:
         self.team.wait()
         self.tell("done")
         return read_checkpoint(self.folder)
+
+    def kept_bytes(self) -> int:
+        """Of optimizer state and averages that this process holds."""
+        return sum(t.nbytes for t in (*self.optimizer.tensors().values(), *self.average.held.values()))
 
     def fingerprint(self) -> str:
         """Of the weights, to the last bit."""
@@ -242,19 +253,3 @@ class Run:
                                      len(w.train), w.num_rows, c.best_acceptance)
         write_json(self.folder / CHECKPOINT, dataclasses.asdict(checkpoint))
         finish(self.folder)
-
-
-def shards(windows: Sequence[SignalWindow]) -> dict[str, list[int]]:
-    """Shard uri -> rows of it that were trained on."""
-    found: dict[str, list[int]] = {}
-    for w in windows:
-        found.setdefault(w.uri, []).append(w.row)
-    return {uri: sorted(rows) for uri, rows in sorted(found.items())}
-
-
-def shard_digests(windows: Sequence[SignalWindow]) -> dict[str, str]:
-    """Shard uri -> SHA-256 over the digests of the windows of it that were trained on, in row order: one window's own stays in the lake."""
-    found: dict[str, list[str]] = {}
-    for w in sorted(windows, key=lambda w: w.row):
-        found.setdefault(w.uri, []).append(w.digest)
-    return {uri: digest_bytes("\n".join(digests).encode()) for uri, digests in sorted(found.items())}

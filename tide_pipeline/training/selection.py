@@ -12,8 +12,8 @@ from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.training.acceptance import replay
 from tide_pipeline.training.average import Average
 from tide_pipeline.training.gradient import GradientMaker
+from tide_pipeline.training.shares import Shares
 from tide_pipeline.training.snapshot import Counters
-from tide_pipeline.training.team import Team
 
 LIVE, AVERAGED = "live", "averaged"
 
@@ -26,18 +26,19 @@ def newest_greedy(windows: Sequence[SignalWindow], count: int) -> list[SignalWin
 class Selection:
     """Measures, and keeps a copy of the best so far."""
 
-    def __init__(self, maker: GradientMaker, average: Average, draft_length: int, team: Team) -> None:
+    def __init__(self, maker: GradientMaker, average: Average, draft_length: int, shares: Shares) -> None:
         self.draft, self.head, self.average = maker.draft, maker.head, average
-        self.draft_length, self.team = draft_length, team
+        self.draft_length, self.shares, self.team = draft_length, shares, shares.team
         self.best: dict[str, Tensor] = {}
 
     def measure(self, mine: Sequence[WindowStates], c: Counters) -> dict[str, float]:
         """Acceptance of the live and of the averaged weights; sets the counters' last and best."""
         found = {LIVE: self.acceptance_on(mine)}
         self._offer(LIVE, found[LIVE], c)
-        if self.average.held and c.step > 0:
+        if self.average.decay > 0 and c.step > 0:
             live = self._weights()
             self.draft.load_state_dict(self.average.held, strict=False)
+            self.shares.hand_out()
             found[AVERAGED] = self.acceptance_on(mine)
             self._offer(AVERAGED, found[AVERAGED], c)
             self.draft.load_state_dict(live)
@@ -58,4 +59,5 @@ class Selection:
             self.best = self._weights()
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.draft.state_dict().items()}
+        """A copy in host memory: there is more of it."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.draft.state_dict().items()}

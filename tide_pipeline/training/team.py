@@ -1,16 +1,17 @@
 """The processes that train one draft together, and what they tell each other. Knows no draft and no data.
 
-Every process holds the whole draft and computes its share of each batch; gradients are added up once per update. Sums come
-out the same on every process to the last bit, so all of them make the same update and take the same decisions. One
-process alone is a team of one, which talks to nobody.
+Every process holds the whole draft and computes its share of each batch. A sum comes out the same on every process to the last bit,
+or at one of them alone, so all of them go on with the same weights and take the same decisions. One process alone is a team of one,
+which talks to nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,36 @@ class Team:
         for t, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
+    def sum_at(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Each tensor's sum over all processes, at the one that owns it; elsewhere what it then holds means nothing."""
+        if self.size > 1:
+            with _together():
+                _finished([dist.reduce(t, dst=owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)])
+
+    def hand_out(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Each tensor as its owner has it, to all."""
+        if self.size > 1:
+            with _together():
+                _finished([dist.broadcast(t, src=owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)])
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All processes' tensors, fp32, in the host memory of the first one; the others get nothing back. One is under way at a time."""
+        assert all(t.dtype == torch.float32 for t in tensors.values())
+        everyones = [json.loads(text) for text in self.everyones(json.dumps({name: list(t.shape) for name, t in tensors.items()}))]
+        if not self.is_first:
+            with _together():
+                for t in tensors.values():
+                    dist.send(t.to(self.device).contiguous(), dst=0)
+            return {}
+        found = {name: t.detach().cpu() for name, t in tensors.items()}
+        with _together():
+            for rank, shapes in enumerate(everyones[1:], 1):
+                for name, shape in shapes.items():
+                    received = torch.empty(shape, device=self.device)
+                    dist.recv(received, src=rank)
+                    found[name] = received.cpu()
+        return found
+
     def latest(self, *values: float) -> list[float]:
         """The greatest of each value over all processes."""
         if self.size == 1:
@@ -78,6 +109,11 @@ class Team:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def _finished(messages: Sequence[Any]) -> None:
+    for message in messages:
+        message.wait()
 
 
 @contextlib.contextmanager
