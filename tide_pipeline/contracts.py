@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1                 # of both lake datasets
+SCHEMA_VERSION = 1                 # of acceptance/; that of signals/ is capture.schema.SIGNALS_VERSION
 ANY_WORKLOAD = "*"                 # the draft for workload tags that have none of their own
 
 
