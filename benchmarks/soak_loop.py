@@ -174,7 +174,7 @@ class Soak:
         return out
 
     def _series(self, ended: float) -> list[dict[str, Any]]:
-        return [{"s": round(b.time - self.began), "draft": b.draft_version, "tokens_per_s": round(b.tokens_per_s, 1),
+        return [{"s": max(0, round(b.time - self.began)), "draft": b.draft_version, "tokens_per_s": round(b.tokens_per_s, 1),
                  "acceptance_length": b.acceptance_length and round(b.acceptance_length, 3),
                  "first_position_rate": b.first_position_rate and round(b.first_position_rate, 3)}
                 for b in acceptance_series(self.config, self.began, SERIES_S, ended)]

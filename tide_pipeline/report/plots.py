@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -150,8 +150,11 @@ def _lines(axes: Axes, series: Sequence[Bucket], name: str, colours: Mapping[str
 
 def _areas(axes: Axes, series: Sequence[Bucket], colours: Mapping[str, str], since: float) -> None:
     """Tokens/s by draft version, stacked; drawn as steps, a bucket wide."""
-    times = sorted({b.time for b in series})
     length = max(b.seconds for b in series)
+    seen = sorted({b.time for b in series})
+    after = {t + length for t, following in pairwise(seen) if following > t + 1.5 * length}       # a gap is no traffic, not a slope
+    before = {t - length for earlier, t in pairwise(seen) if t > earlier + 1.5 * length}
+    times = sorted({*seen, *after, *before})
     edges = np.array([max(0.0, t - since) for t in times for t in (t, t + length)])
     floor = np.zeros(len(edges))
     for version, colour in colours.items():
