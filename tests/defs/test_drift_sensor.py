@@ -124,11 +124,14 @@ def test_drifted_and_enough_collected_asks_for_a_run(bench: Bench) -> None:
     (request,) = bench.tick().run_requests or []
     assert request.run_key == "pocket/code/1/1"
     tags = {name.removeprefix("tide/"): value for name, value in request.tags.items() if name.startswith("tide/")}
-    assert tags == {"target": "pocket", "workload": "code", "episode": "1", "attempt": "1", "reason": tags["reason"]}
+    assert tags == {"target": "pocket", "workload": "code", "episode": "1", "attempt": "1", "reason": tags["reason"],
+                    "drifted_at": tags["drifted_at"]}
     assert "baseline 0.80, drop 0." in request.tags["tide/reason"]
     asked = request.run_config["ops"]["draft_checkpoint"]["config"]
     assert asked["workload"] == "code" and asked["reason"] == request.tags["tide/reason"]
     assert before - 21.0 <= asked["focus_since"] <= before - 19.0
+    assert float(tags["drifted_at"]) == pytest.approx(asked["drifted_at"], abs=0.1)
+    assert before - 1.0 <= asked["drifted_at"] <= time.time() + 1.0
     dg.validate_run_config(defs().resolve_job_def("adapt_draft"), request.run_config)
 
 
