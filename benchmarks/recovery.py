@@ -109,8 +109,8 @@ def train(config: TideConfig, state: Path, cell: dict[str, Any], head: TargetHea
     born = json.loads((folder / "provenance.json").read_text())
     curve = [[round(p["elapsed_s"], 1), round(max(p["acceptance_length"], p.get("averaged_acceptance_length", 0.0)), 3)]
              for p in born["curve"] if "acceptance_length" in p]
-    return cell | {"steps": made.steps, "train_s": made.train_s, "rows": made.num_rows, "best_step": born["best_step"],
-                   "held_out_curve": curve,
+    return cell | {"champion_share": config.training.champion_share, "steps": made.steps, "train_s": made.train_s, "rows": made.num_rows,
+                   "best_step": born["best_step"], "held_out_curve": curve,
                    "unseen": measure(folder, head, {name: unseen[name] for name in (cell["shift"], *OLD)})}
 
 
@@ -165,7 +165,7 @@ def pull_cells(config: TideConfig, state: Path, share: float, head: TargetHead) 
             for name, p in draft.named_parameters():
                 if name != "lm_head.weight":                   # it is not trained
                     p.copy_(p.lerp(begun[name], share).bfloat16())      # as it is stored
-        write_json(file, json.loads(done.read_text()) | {"champion_share": share, "unseen": {
+        write_json(file, json.loads(done.read_text()) | {"champion_share": share, "pulled_afterwards": True, "unseen": {
             name: accepted(draft, head, unseen[name]) for name in (cell["shift"], *OLD)}})
         print(file.read_text(), flush=True)
 
