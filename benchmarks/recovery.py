@@ -3,6 +3,7 @@
     python benchmarks/recovery.py --state DIR --collect                       # serve and capture: once
     python benchmarks/recovery.py --state DIR --costs                         # on a quiet machine: what a step costs
     python benchmarks/recovery.py --state DIR --cells html                    # train; killed and started again, it goes on
+    python benchmarks/recovery.py --state DIR --pull 0.1                      # trained with champion_share = 0, moved back afterwards
     python benchmarks/recovery.py --state DIR --json benchmarks/results/recovery_2cores.json --plot docs/images/recovery.svg
 
 recovery(t) = (a_t - a_stale) / (a_ref - a_stale): a is the acceptance length at draft length 3 on the last 40 prompts of a domain, which
@@ -29,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import options
+import torch
 from recovery_summary import plot, summarise
 from served import build_of, link_lakes, serve, split_prompts
 
@@ -38,6 +40,7 @@ from tide_pipeline.config import ServeSettings, TideConfig, override
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.checkpoint import load_draft
+from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import write_json
 from tide_pipeline.recipes import load
 from tide_pipeline.training.acceptance import Replay, acceptance_length, replay
@@ -47,7 +50,7 @@ from tide_pipeline.workloads.loops import is_looping
 
 SHIFTS, OLD, UNSEEN, TOKENS, LENGTH = ("html", "de", "py"), ("en", "c"), 40, 96, 3
 COLLECTED = {"html": 240, "de": 240, "py": 200, "en": 80, "c": 80}
-BUDGETS, SEEDS, REFERENCE, REFERENCE_S = (60, 150), 3, "reference", 400
+BUDGETS, SEEDS, REFERENCE, REFERENCE_S, PULLED = (60, 150), 3, "reference", 400, "pulled"
 ALL_CELLS: list[dict[str, Any]] = [{"shift": shift, "budget": budget, "seed": seed} for seed in range(SEEDS)
                                    for budget in (REFERENCE, *BUDGETS) for shift in SHIFTS if budget != REFERENCE or seed == 0]
 
@@ -77,7 +80,12 @@ def windows_of(config: TideConfig, lake: Path, head: TargetHead) -> list[WindowS
 def measure(draft: Path, head: TargetHead, unseen: dict[str, list[WindowStates]]) -> dict[str, dict[str, float]]:
     """Acceptance lengths of a draft on the unseen prompts, by workload."""
     loaded = load_draft(draft, head.shape, head.identity)
-    return {name: _lengths(windows, list(replay(loaded, head, windows, LENGTH))) for name, windows in unseen.items()}
+    return {name: accepted(loaded, head, windows) for name, windows in unseen.items()}
+
+
+def accepted(draft: Eagle3Draft, head: TargetHead, windows: Sequence[WindowStates]) -> dict[str, float]:
+    """Acceptance lengths along windows, by kind of text and temperature."""
+    return _lengths(windows, list(replay(draft, head, windows, LENGTH)))
 
 
 def _lengths(windows: Sequence[WindowStates], replays: Sequence[Replay]) -> dict[str, float]:
@@ -101,8 +109,8 @@ def train(config: TideConfig, state: Path, cell: dict[str, Any], head: TargetHea
     born = json.loads((folder / "provenance.json").read_text())
     curve = [[round(p["elapsed_s"], 1), round(max(p["acceptance_length"], p.get("averaged_acceptance_length", 0.0)), 3)]
              for p in born["curve"] if "acceptance_length" in p]
-    return cell | {"steps": made.steps, "train_s": made.train_s, "rows": made.num_rows, "best_step": born["best_step"],
-                   "held_out_curve": curve,
+    return cell | {"champion_share": config.training.champion_share, "steps": made.steps, "train_s": made.train_s, "rows": made.num_rows,
+                   "best_step": born["best_step"], "held_out_curve": curve,
                    "unseen": measure(folder, head, {name: unseen[name] for name in (cell["shift"], *OLD)})}
 
 
@@ -139,13 +147,36 @@ def run_cells(config: TideConfig, state: Path, wanted: str, head: TargetHead) ->
             print(file.read_text(), flush=True)
 
 
+def pull_cells(config: TideConfig, state: Path, share: float, head: TargetHead) -> None:
+    """Measure drafts exported as trained, `share` of the way back to the champion: what training.champion_share makes of them."""
+    unseen = {name: windows_of(config, state / "unseen" / name, head) for name in (*SHIFTS, *OLD)}
+    champion = config.engine_dir / load_engine_spec(config.engine_dir).champion
+    begun = dict(load_draft(champion, head.shape, head.identity).named_parameters())
+    (state / PULLED).mkdir(exist_ok=True)
+    for cell in ALL_CELLS:
+        done, file = state / "cells" / f"{name_of(cell)}.json", state / PULLED / f"{name_of(cell)}.json"
+        if cell["budget"] == REFERENCE or file.exists() or not done.exists():
+            continue
+        folder = state / "drafts" / name_of(cell)
+        if json.loads((folder / "provenance.json").read_text())["settings"].get("champion_share", 0.0):
+            raise SystemExit(f"{folder} is pulled back already: train it with --set '{{\"champion_share\": 0}}'")
+        draft = load_draft(folder, head.shape, head.identity)
+        with torch.no_grad():
+            for name, p in draft.named_parameters():
+                if name != "lm_head.weight":                   # it is not trained
+                    p.copy_(p.lerp(begun[name], share).bfloat16())      # as it is stored
+        write_json(file, json.loads(done.read_text()) | {"champion_share": share, "pulled_afterwards": True, "unseen": {
+            name: accepted(draft, head, unseen[name]) for name in (cell["shift"], *OLD)}})
+        print(file.read_text(), flush=True)
+
+
 def read_cells(state: Path) -> dict[str, Any]:
-    """All that was measured so far: trainings, the champion on the same prompts, and what a step costs."""
+    """All that was measured so far: trainings, as pulled back where they were, the champion on the same prompts, and what a step costs."""
     def read(name: str) -> Any:
         file = state / name
         return json.loads(file.read_text()) if file.exists() else None
 
-    cells = [found for cell in ALL_CELLS if (found := read(f"cells/{name_of(cell)}.json"))]
+    cells = [found for cell in ALL_CELLS if (found := read(f"{PULLED}/{name_of(cell)}.json") or read(f"cells/{name_of(cell)}.json"))]
     stale = {shift: found for shift in SHIFTS if (found := read(f"cells/{shift}-stale.json"))}
     return {"cells": cells, "stale": stale, "costs": read("costs.json") or {}}
 
@@ -156,6 +187,7 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="serve and capture")
     parser.add_argument("--costs", action="store_true", help="measure what a step costs")
     parser.add_argument("--cells", metavar="NAMES", help="train these, such as html-60-0|de; a part of a name will do")
+    parser.add_argument("--pull", type=float, metavar="SHARE", help="measure drafts exported as trained so much of the way back")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="recovery over training time, as SVG")
     parser.add_argument("--set", default="{}", help="training settings as JSON")
     args = parser.parse_args()
@@ -168,6 +200,8 @@ def main() -> None:
         write_json(args.state / "costs.json", step_costs(config, args.state) | {"load_1m": result["machine"]["load_1m"]})
     if args.cells:
         run_cells(config, args.state, args.cells, target_head_of(config))
+    if args.pull:
+        pull_cells(config, args.state, args.pull, target_head_of(config))
     if args.json or args.plot:
         result |= summarise(read_cells(args.state), SHIFTS, OLD) | {"settings": dataclasses.asdict(config.training)}
         if args.plot:
