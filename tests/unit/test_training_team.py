@@ -17,14 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fakes_training import engine_with_lake
+from tests.fakes_training import engine_with_lake, random_draft
 from tide_pipeline.config import TideConfig, TrainingSettings, override
 from tide_pipeline.engine.memory import deal
 from tide_pipeline.recipes import freeze
+from tide_pipeline.training.average import Average
+from tide_pipeline.training.data import find_windows, read_held_out
+from tide_pipeline.training.gradient import GradientMaker
 from tide_pipeline.training.loop import train_draft
+from tide_pipeline.training.loss import LossWeights
 from tide_pipeline.training.optimizer import Optimizer
+from tide_pipeline.training.selection import Selection
 from tide_pipeline.training.shares import Shares
 from tide_pipeline.training.snapshot import load_snapshot
+from tide_pipeline.training.target_head import target_head_of
 from tide_pipeline.training.team import Team, team_of_environment
 
 PATIENCE_S = 300
@@ -132,6 +138,18 @@ def test_who_owns_no_tensor_of_a_kind_has_no_optimizer_for_it(rank: int, kinds: 
     shares = Shares(net, Team(rank, 2))
     optimizer = Optimizer(shares.mine, TrainingSettings(optimizer="muon"))
     assert [type(part).__name__ for part in optimizer.parts] == kinds
+
+
+def test_a_process_without_a_held_out_window_counts_as_the_others_do(config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of another width in one of the processes end gloo with SIGABRT: four of them did, with three windows held out."""
+    head, sent = target_head_of(config), []
+    draft = random_draft(head.shape)
+    maker = GradientMaker(draft, head, LossWeights(1, 0.0, 1.0), 48, autocast=False, parts=1)
+    selection = Selection(maker, Average({}, 0.0), 3, Shares(draft, Team()))
+    monkeypatch.setattr(Team, "add_up", lambda self, tensors: sent.extend((t.dtype, t.shape) for t in tensors))
+    held_out = read_held_out(find_windows(config, "de", head.digest), head, 4)
+    assert held_out and selection.acceptance_on([]) == 1.0 and selection.acceptance_on(held_out) >= 1.0
+    assert len(sent) == 2 and sent[0] == sent[1]
 
 
 def test_alone_a_team_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

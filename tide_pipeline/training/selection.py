@@ -49,7 +49,8 @@ class Selection:
     def acceptance_on(self, mine: Sequence[WindowStates]) -> float:
         """Over the windows of all processes, of which `mine` are this one's; 1.0 without a step."""
         replays = list(replay(self.draft, self.head, mine, self.draft_length))
-        steps = torch.tensor([sum(sum(r.accepted) for r in replays), sum(r.steps for r in replays)], device=self.head.embedding_VD.device)
+        counts = [sum(sum(r.accepted) for r in replays), sum(r.steps for r in replays)]
+        steps = torch.tensor(counts, dtype=torch.float64, device=self.head.embedding_VD.device)      # also of a process without a window
         self.team.add_up([steps])
         return 1.0 + float(steps[0]) / max(float(steps[1]), 1.0)
 
