@@ -67,6 +67,26 @@ def test_a_draft_put_in_place_is_served_from_the_next_request_on(place: Place) -
     assert {e.draft_version for e in sink.of("late")} == {"v2-two"} and {e.draft_version for e in sink.of("old-0")} == {"v1"}
 
 
+def test_who_waited_for_a_draft_in_place_is_served_under_its_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the thread that put it there goes on."""
+    with serving(place) as engine:
+        second, late = place.build("v2-two", noise=0.3, seed=3), Answer()
+        put_draft, put_in_place = engine._server.put_draft, engine._put_in_place
+
+        def while_paused(build: EngineBuild) -> None:
+            engine.submit(ask("late", "hello world", max_tokens=5, ignore_eos=True), late)
+            put_draft(build)
+
+        def slowly(build: EngineBuild) -> None:
+            put_in_place(build)
+            until(lambda: bool(late.finish_reason))
+
+        monkeypatch.setattr(engine._server, "put_draft", while_paused)
+        monkeypatch.setattr(engine, "_put_in_place", slowly)
+        engine.set_drafts({"*": second})
+        assert late.last.draft_version == "v2-two"
+
+
 def test_a_draft_that_is_not_taken_is_told_and_the_old_one_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(place) as engine:
         second = place.build("v2-two", noise=0.3, seed=3)

@@ -308,6 +308,7 @@ class TrtllmEngine:
                     raise BuildError(f"requests in flight did not end within {IN_PLACE_PATIENCE_S:.0f} s: the draft is tried again")
                 time.sleep(0.01)
             self._server.put_draft(build)
+            self._build = build                            # before anybody who waited is let in under its name
         finally:
             self._is_paused = False
             self._loop.call_soon_threadsafe(self._admit)
