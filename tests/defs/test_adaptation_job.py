@@ -76,6 +76,7 @@ def rollback_job() -> dg.JobDefinition:
 
 def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
         config: TideConfig, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tide_pipeline.defs.draft.AWAY_TRIES", 0)      # the ten minutes that a step waits are over
     monkeypatch.setenv("TIDE_MLFLOW_URI", "http://127.0.0.1:9")
     asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code", "reason": "acceptance fell", "drifted_at": time.time() - 30,
                                                          "since": "2026-01-01"}}}}

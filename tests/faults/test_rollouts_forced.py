@@ -28,7 +28,7 @@ from tide_pipeline.deployment.builds import load_build, save_build
 from tide_pipeline.errors import DeploymentConflict, GateNotPassed
 from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.models.target import Target
-from tide_pipeline.rollout.drive import advance
+from tide_pipeline.rollout.drive import Driver
 from tide_pipeline.rollout.history import is_under_way
 from tide_pipeline.rollout.promote import promote
 
@@ -167,7 +167,7 @@ def test_a_canary_and_its_driver_are_killed(loop: Loop, target: Target) -> None:
         chosen = next(p for p in engines if any(f"/{canary}/" in word for word in p.cmdline()))
         chosen.kill()
         killed_at = time.monotonic()
-        until(lambda: not is_under_way(advance(loop.config, "somebody else").deployment), "nobody can end it")
+        until(lambda: not is_under_way(Driver(loop.config, "somebody else").advance().deployment), "nobody can end it")
         ended_s = time.monotonic() - killed_at
         until(lambda: serves_the_record(loop))
         until(lambda: answers(loop))

@@ -18,7 +18,7 @@ from tests.helpers import write_tiny_build
 from tide_pipeline.build.engine import build_engine
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, DraftCheckpoint, EngineBuild
-from tide_pipeline.errors import RegistryError
+from tide_pipeline.errors import RegistryAway, RegistryError
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry.client import without_password
@@ -150,7 +150,7 @@ def test_an_mlflow_that_is_away_is_said_at_once(config: TideConfig, checkpoint: 
         closed.bind(("127.0.0.1", 0))
         uri = f"http://somebody:secret@127.0.0.1:{closed.getsockname()[1]}"
     began = time.monotonic()
-    with pytest.raises(RegistryError, match=r"http://127.0.0.1:\d+ can't be used.*`tide up`") as caught:
+    with pytest.raises(RegistryAway, match=r"http://127.0.0.1:\d+ can't be used.*`tide up`") as caught:
         Registry(uri, "tiny").register(checkpoint, lineage={})
     assert time.monotonic() - began < 15 and "secret" not in str(caught.value)
 
@@ -243,6 +243,7 @@ def test_a_version_whose_bytes_were_altered_is_refused_by_their_digest(
     with pytest.raises(RegistryError, match=r"other bytes .*The artifact store was altered"):
         registry.fetch(other.version, tmp_path / "altered")
     weights.unlink()
-    with pytest.raises(RegistryError):
+    with pytest.raises(RegistryError) as caught:
         registry.fetch(other.version, tmp_path / "gone")
+    assert caught.type is RegistryError, "nobody waits for it to come back"
     assert not (tmp_path / "altered").exists() and not (tmp_path / "gone").exists()

@@ -13,6 +13,8 @@ from tide_pipeline.errors import RegistryAway, RegistryError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+NO_ANSWER = "failed with exception"                    # of a request, as MLflow's client words it
+
 # MLflow reads these when it is imported or asked; the user's own settings win.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -53,10 +55,9 @@ def talking(uri: str, done: str) -> Iterator[None]:
     try:
         yield
     except RestException as error:
-        kind = RegistryAway if error.get_http_status_code() >= 500 else RegistryError      # of its own: a full disk, a database in use
-        raise kind(f"MLflow at {where} refused, nothing was {done}: {_first_line(error)}") from error
+        raise _kind_of(error)(f"MLflow at {where} refused, nothing was {done}: {_first_line(error)}") from error
     except (MlflowException, requests.RequestException, SQLAlchemyError, OSError) as error:
-        raise RegistryAway(f"MLflow at {where} can't be used, nothing was {done}: {_first_line(error)}. Start it with `tide up` or set "
+        raise _kind_of(error)(f"MLflow at {where} can't be used, nothing was {done}: {_first_line(error)}. Start it with `tide up` or set "
                             "TIDE_MLFLOW_URI to a server that answers, then run the same command again") from error
 
 
@@ -75,6 +76,23 @@ def tolerating(code: str) -> Iterator[None]:
 def without_password(uri: str) -> str:
     """The address as it may be shown."""
     return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _kind_of(error: Exception) -> type[RegistryError]:
+    """Whether later may do: no answer, a database in use, a server's own trouble. An artifact that is gone stays gone."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, RestException):
+        is_away = error.get_http_status_code() >= 500
+    elif isinstance(error, requests.HTTPError):
+        is_away = error.response is None or error.response.status_code >= 500
+    elif isinstance(error, MlflowException):
+        is_away = error.error_code == "TEMPORARILY_UNAVAILABLE" or NO_ANSWER in str(error)
+    else:
+        is_away = isinstance(error, requests.RequestException | OperationalError | ConnectionError | TimeoutError)
+    return RegistryAway if is_away else RegistryError
 
 
 def _first_line(error: Exception) -> str:

@@ -16,8 +16,8 @@ Pedigree = dict[str, dict[str, Any]]
 
 DRAFT = ("version", "draft_version", "alias", "target", "workload", "digest", "engine_digest", "parent", "parent_digest", "origin",
          "recipe", "focus_since", "captured_since", "captured_until", "created_at")
-METRICS = ("acceptance_length", "start_acceptance_length", "replay_acceptance_length", "steps", "best_step", "best_weights",
-           "stopped_early", "train_s", "windows", "rows", "requests", "prompts", "processes", "micro_batches")
+METRICS = ("acceptance_length", "trained_acceptance_length", "start_acceptance_length", "replay_acceptance_length", "steps", "best_step",
+           "best_weights", "stopped_early", "train_s", "windows", "rows", "requests", "prompts", "processes", "kept_bytes", "micro_batches")
 CODE = ("git_sha", "git_changes", "python", "machine")
 SECTIONS = ("draft", "metrics", "windows", "settings", "code", "other")
 _PLACES = {name: section for section, names in (("draft", DRAFT), ("metrics", METRICS), ("code", CODE)) for name in names}
