@@ -102,6 +102,8 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     assert run is not None and run.tags.items() >= {"tide/target": config.target, "tide/workload": "code", "tide/reason": "acceptance fell",
                                                     "tide/since": "2026-01-01T00:00:00Z"}.items()
     assert draft.tags["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in draft.tags
+    birth = json.loads((config.state.training / failed.run_id / "draft" / "provenance.json").read_text())
+    assert birth["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in birth
     numbers = {event.asset_key.to_user_string(): event.materialization.metadata for event in done.get_asset_materialization_events()}
     assert numbers["benchmark_report"]["acceptance_length"].value >= 1.0 and numbers["benchmark_report"]["mismatches"].value == 0
     stages = json.loads((config.state.training / failed.run_id / "stages.json").read_text())

@@ -7,6 +7,7 @@ A sensor reports the hours as they fill; `observe_lake` with hours chosen does i
 import json
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -15,11 +16,15 @@ from tide_pipeline.defs.keys import key_of
 from tide_pipeline.defs.lake import HOUR_S
 from tide_pipeline.defs.resources import TideResource
 
+if TYPE_CHECKING:
+    from tide_pipeline.capture.store import Root
+
 EVERY_S = 300
 LATE_S = 600.0                     # a row may be written so long after its hour is over
 MOST = 3                           # hours looked at in one tick
 
 Seen = dict[str, dict[str, int]]   # hour -> asset -> requests or rows, as last reported
+Facts = dict[str, float | str]
 
 
 @dg.sensor(name="lake_sensor", minimum_interval_seconds=EVERY_S, default_status=dg.DefaultSensorStatus.RUNNING,
@@ -53,7 +58,8 @@ def look_at_hour(config: TideConfig, hour: str) -> list[dg.AssetMaterialization]
     from tide_pipeline.drift.series import acceptance_series
 
     begin, state = begins(hour), config.state
-    end, found = begin + HOUR_S, []
+    end = begin + HOUR_S
+    found: list[tuple[str, Root, Facts]] = []
     buckets = acceptance_series(config, begin, HOUR_S, end)
     if requests := sum(bucket.requests for bucket in buckets):
         drafted = [b for b in buckets if b.first_position_rate is not None and b.acceptance_length is not None]
