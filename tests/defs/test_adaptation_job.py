@@ -78,7 +78,8 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
         config: TideConfig, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tide_pipeline.defs.draft.AWAY_TRIES", 0)      # the ten minutes that a step waits are over
     monkeypatch.setenv("TIDE_MLFLOW_URI", "http://127.0.0.1:9")
-    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code", "reason": "acceptance fell", "drifted_at": time.time() - 30}}}}
+    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code", "reason": "acceptance fell", "drifted_at": time.time() - 30,
+                                                         "since": "2026-01-01"}}}}
     with dg.execute_job(dg.reconstructable(job), instance, run_config=asked) as failed:
         assert not failed.success and [event.asset_key.to_user_string() for event in failed.get_asset_materialization_events()] == ORDER[:1]
     monkeypatch.delenv("TIDE_MLFLOW_URI")
@@ -97,6 +98,12 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     assert load_build(config.state.builds, config.target, latest.groups["rest"]["*"]).draft_version == draft.draft_version
     assert open_registry(config).alias("champion") == draft.version
     assert draft.tags["workload"] == "code" and draft.tags["dagster_run_id"] == failed.run_id
+    run = instance.get_run_by_id(failed.run_id)
+    assert run is not None and run.tags.items() >= {"tide/target": config.target, "tide/workload": "code", "tide/reason": "acceptance fell",
+                                                    "tide/since": "2026-01-01T00:00:00Z"}.items()
+    assert draft.tags["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in draft.tags
+    birth = json.loads((config.state.training / failed.run_id / "draft" / "provenance.json").read_text())
+    assert birth["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in birth
     numbers = {event.asset_key.to_user_string(): event.materialization.metadata for event in done.get_asset_materialization_events()}
     assert numbers["benchmark_report"]["acceptance_length"].value >= 1.0 and numbers["benchmark_report"]["mismatches"].value == 0
     stages = json.loads((config.state.training / failed.run_id / "stages.json").read_text())

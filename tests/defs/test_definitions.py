@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
+from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from tide_pipeline.definitions import defs
+from tide_pipeline.defs.keys import PREFIX
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "definitions.json"
 HEAVY = ("torch", "mlflow", "duckdb")
@@ -29,18 +33,51 @@ def _snapshot() -> dict[str, Any]:
     jobs = {job.name: job for job in repository.get_all_jobs() if not job.name.startswith("__")}
     return {
         "assets": {name: {"deps": sorted(parent.to_user_string() for parent in node.parent_keys), "group": node.group_name,
-                          "kinds": sorted(node.kinds), "pool": node.assets_def.op.pool if node.is_executable else None}
+                          "kinds": sorted(node.kinds), "owners": sorted(node.owners), "tags": _own(node.tags),
+                          "partitions": _partitions(node.partitions_def), "fresh_for_hours": _fresh_for(node.freshness_policy)}
                    for name, node in sorted(nodes.items())},
         "checks": {key.to_user_string(): {"blocking": graph.get(key).blocking} for key in sorted(graph.asset_check_keys, key=str)},
-        "jobs": {name: {"ops": sorted(node.name for node in job.graph.nodes), "executor": job.executor_def.name, "tags": dict(job.tags)}
+        "jobs": {name: {"ops": {op.name: {"pool": op.pool, "config": _fields(op)} for op in _ops(job)},
+                        "executor": job.executor_def.name, "tags": dict(job.tags), "partitions": _partitions(job.partitions_def)}
                  for name, job in sorted(jobs.items())},
+        "resources": sorted(repository.get_top_level_resources()),
         "schedules": {schedule.name: {"cron": schedule.cron_schedule, "starts": schedule.default_status.value,
-                                      "launches": schedule.job_name}
+                                      "timezone": schedule.execution_timezone, "launches": schedule.job_name, "tags": _own(schedule.tags)}
                       for schedule in sorted(repository.schedule_defs, key=lambda schedule: schedule.name)},
         "sensors": {sensor.name: {"every_s": sensor.minimum_interval_seconds, "starts": sensor.default_status.value,
                                   "launches": [target.job_name for target in sensor.targets]}
                     for sensor in sorted(repository.sensor_defs, key=lambda sensor: sensor.name)},
     }
+
+
+def _own(tags: Mapping[str, str]) -> dict[str, str]:
+    """Without those that Dagster makes of other arguments."""
+    return {name: value for name, value in tags.items() if not name.startswith("dagster/")}
+
+
+def _partitions(found: dg.PartitionsDefinition[str] | None) -> str | None:
+    if found is None:
+        return None
+    assert isinstance(found, dg.TimeWindowPartitionsDefinition)
+    return f"{found.cron_schedule} {found.timezone} from {found.start:%Y-%m-%d-%H:%M}, {found.end_offset} beyond the last whole one"
+
+
+def _fresh_for(found: dg.FreshnessPolicy | None) -> list[float] | None:
+    """Hours until a warning, and until it counts as stale."""
+    if found is None:
+        return None
+    assert isinstance(found, TimeWindowFreshnessPolicy) and found.warn_window is not None
+    return [window.to_timedelta().total_seconds() / 3600 for window in (found.warn_window, found.fail_window)]
+
+
+def _ops(job: dg.JobDefinition) -> list[dg.OpDefinition]:
+    return sorted((op for op in job.graph.node_defs if isinstance(op, dg.OpDefinition)), key=lambda op: op.name)
+
+
+def _fields(op: dg.OpDefinition) -> dict[str, Any]:
+    """What can be filled in, and what it is otherwise."""
+    fields = getattr(op.config_schema.config_type, "fields", None) or {}
+    return {name: field.default_value if field.default_provided else "to be given" for name, field in sorted(fields.items())}
 
 
 def test_the_definitions_are_these() -> None:
@@ -60,6 +97,20 @@ def test_loading_is_cheap_and_reads_no_settings() -> None:
     heavy, _, cpu_s = done.stdout.strip().rpartition(" ")
     assert heavy == "[]"
     assert float(cpu_s) < 3.0
+
+
+def test_a_second_target_shares_no_asset_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Dagster, a code location for each target: the same jobs, and assets under the target's name."""
+    plain = _snapshot()
+    monkeypatch.setenv(PREFIX, "qwen3-8b")
+    second = _snapshot()
+    before = "qwen3-8b/{}".format
+    assert second["assets"].keys() == {before(name) for name in plain["assets"]}
+    assert all(facts["deps"] == [before(name) for name in plain["assets"][key.rpartition("/")[2]]["deps"]]
+               for key, facts in second["assets"].items())
+    assert second["checks"].keys() == {before(name) for name in plain["checks"]}
+    assert {name: second[name] for name in ("jobs", "sensors", "schedules", "resources")} == {
+        name: plain[name] for name in ("jobs", "sensors", "schedules", "resources")}
 
 
 def test_adapt_draft_needs_no_config() -> None:

@@ -16,6 +16,7 @@ from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.adaptation import Adaptation, Request
+from tide_pipeline.defs.draft import AdaptConfig, understood
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
@@ -55,6 +56,18 @@ def test_the_command_line_warm_starts_from_the_champion(adaptation: Adaptation) 
     adaptation.save("request", Request("code", focus_since=12.5))
     assert training_command(adaptation, CHAMPION) == [
         *begin, "--champion", "/builds/0123456789abcdef/draft", "--parent", "v3-11112222", "--focus-since", "12.5"]
+
+
+def test_a_past_window_is_asked_for_by_run_config(adaptation: Adaptation) -> None:
+    asked = understood(AdaptConfig(workload="code", since="2026-11-20T10:00+01:00", until="2026-11-20T12:00"))
+    assert asked == Request("code", "a draft over what was captured since 2026-11-20T09:00:00Z until 2026-11-20T12:00:00Z",
+                            since="2026-11-20T09:00:00Z", until="2026-11-20T12:00:00Z")
+    adaptation.save("request", asked)
+    assert training_command(adaptation, None)[-4:] == ["--since", "2026-11-20T09:00:00Z", "--until", "2026-11-20T12:00:00Z"]
+    assert understood(AdaptConfig(reason="I want it", until="2026-11-20")).reason == "I want it"
+    with pytest.raises(dg.Failure, match=r"ops.draft_checkpoint.config: since '20.11.2026' is no time") as refused:
+        understood(AdaptConfig(since="20.11.2026"))
+    assert not refused.value.allow_retries
 
 
 @pytest.mark.parametrize(("device", "ours", "visible", "named"), [

@@ -77,14 +77,14 @@ def survey(root: Root, target: str, since: float | None = None, until: float | N
         return settled(lambda: _survey(store, _parts(store, target, since, until), since))
 
 
-def newest_first(root: Root, target: str, since: float | None = None) -> Iterator[Listing]:
+def newest_first(root: Root, target: str, since: float | None = None, until: float | None = None) -> Iterator[Listing]:
     """`survey` a day at a time, for who may not need all days: rows never move from one hour's folder to another. May raise Vanished."""
     with _listing(root):
         store = open_store(root)
         days = sorted(store.folders(target_folder(target)), key=lambda day: _span(day)[1], reverse=True)
     for day in days:
         with _listing(root):
-            found = _survey(store, _parts_of_day(store, day, since, None), since)
+            found = _survey(store, _parts_of_day(store, day, since, until), since)
         yield found
 
 

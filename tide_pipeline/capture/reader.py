@@ -31,6 +31,7 @@ __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "find_again"
 _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
+LATE_S = 3_600.0                   # a window lies in the folder of the hour in which it was written, at most so long after it closed
 
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest",
            "schema_version")
@@ -70,9 +71,9 @@ def identity(window: SignalWindow) -> Identity:
 
 
 def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
-                 engine_digest: str | None = None, max_windows: int | None = None, max_each: int | None = None,
-                 among: int | None = None) -> WindowIndex:
-    """Windows of `target` that match, newest first; [] when none does.
+                 until: float | None = None, engine_digest: str | None = None, max_windows: int | None = None,
+                 max_each: int | None = None, among: int | None = None) -> WindowIndex:
+    """Windows of `target` that match, closed at `since` or later and before `until`, newest first; [] when none does.
 
     `max_windows` at most, and of every workload `max_each` at most. `among`: of the newest shards that hold so many windows together;
     older ones are not opened, so that time and memory are bounded whatever the lake holds.
@@ -82,21 +83,24 @@ def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] 
         LakeError: the lake can't be listed.
     """
     def wanted(window: SignalWindow) -> bool:
-        return ((workloads is None or window.workload in workloads) and (since is None or window.closed_at >= since))
+        return ((workloads is None or window.workload in workloads) and (since is None or window.closed_at >= since)
+                and (until is None or window.closed_at < until))
 
-    return settled(lambda: _list_windows(signals_root, target, wanted, since, engine_digest, Newest(max_windows, max_each), among))
+    return settled(lambda: _list_windows(signals_root, target, wanted, since, until, engine_digest, Newest(max_windows, max_each), among))
 
 
 def find_again(signals_root: Root, target: str, known: Collection[Identity]) -> WindowIndex:
     """Windows by what stays of them, wherever maintenance has put them; of those that no shard holds, nothing. Raises as list_windows."""
     since = min((closed_at for _, _, _, closed_at, _ in known), default=float("inf"))
-    return settled(lambda: _list_windows(signals_root, target, lambda window: identity(window) in known, since, None, Newest(), None))
+    return settled(lambda: _list_windows(signals_root, target, lambda window: identity(window) in known, since, None, None, Newest(), None))
 
 
-def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, engine_digest: str | None,
-                  found: Newest, among: int | None) -> WindowIndex:
+def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, until: float | None,
+                  engine_digest: str | None, found: Newest, among: int | None) -> WindowIndex:
+    begun_before = None if until is None else until + LATE_S
     # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
-    listings = iter([survey(root, target, since)]) if not found.is_bounded and among is None else newest_first(root, target, since)
+    listings = (iter([survey(root, target, since, begun_before)]) if not found.is_bounded and among is None
+                else newest_first(root, target, since, begun_before))
     tombstones = read_tombstones(root)
     skipped: list[tuple[Stored, str]] = []
     seen: set[tuple[str, int, int, float]] = set()
@@ -112,7 +116,7 @@ def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool
                 other_engines += 1
                 continue
             found.put(window)
-    if is_empty and not skipped and (since is None or _holds_nothing(root, target)):
+    if is_empty and not skipped and ((since is None and until is None) or _holds_nothing(root, target)):
         others = ", ".join(targets(root))
         raise NotEnoughSignals(f"no signals of target {target!r} under {root}: serve traffic with capture.mode auto or on"
                                + (f", or name one of the targets there: {others}" if others else ""))
@@ -130,10 +134,10 @@ def _holds_nothing(root: Root, target: str) -> bool:
 
 
 def count_rows(signals_root: Root, target: str, *, workloads: Collection[str] | None = None, since: float | None = None,
-               engine_digest: str | None = None) -> int:
+               until: float | None = None, engine_digest: str | None = None) -> int:
     """Captured token rows that match; 0 for an empty or missing lake. Raises LakeError when it can't be listed."""
     try:
-        return list_windows(signals_root, target, workloads=workloads, since=since, engine_digest=engine_digest).num_rows
+        return list_windows(signals_root, target, workloads=workloads, since=since, until=until, engine_digest=engine_digest).num_rows
     except NotEnoughSignals:
         return 0
 

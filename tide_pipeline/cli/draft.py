@@ -32,23 +32,29 @@ def train(
     workload: Workload = "default",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the new draft; an unfinished run in it goes on.")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Don't start from the draft that is served.")] = False,
+    since: Annotated[str, typer.Option(metavar="TIME", help="Train on nothing captured before, such as 2026-11-20T09:00 (UTC).")] = "",
+    until: Annotated[str, typer.Option(metavar="TIME", help="Train on nothing captured then or later.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Train a draft on what was captured of a workload, starting from the one that serves it.
 
     [bold]tide train --workload default --set training.time_budget_s=60[/bold]
+
+    [bold]tide train --since 2026-11-20T09:00 --until 2026-11-20T12:00[/bold]
     """
     from tide_pipeline.defs.adaptation import served_build
     from tide_pipeline.recipes import freeze
     from tide_pipeline.training.__main__ import main as run_training
+    from tide_pipeline.training.span import Span
 
-    config = settings_of(ctx)
+    config, span = settings_of(ctx), Span.of(since, until)
     folder = out or config.state.training / f"by-hand-{time.strftime('%Y%m%d-%H%M%S')}" / "draft"
     folder.mkdir(parents=True, exist_ok=True)
     freeze(config, folder.parent / "settings.toml")
     champion = None if from_scratch else served_build(config, workload)
     line = ["--workload", workload, "--out", str(folder), "--config", str(folder.parent / "settings.toml")]
     line += ["--champion", f"{champion.path}/draft", "--parent", champion.draft_version] if champion else []
+    line += ["--since", span.texts[0], "--until", span.texts[1]] if not span.is_all else []
     code = run_training([*line, "--json"] if as_json else line)
     if code == 0 and not as_json:
         console().print(f"next: tide register {folder}", markup=False)

@@ -1,6 +1,6 @@
 """The folder of one adaptation, `training/<root run id>/`: what each step hands to the next. Knows JSON records, not Dagster assets.
 
-    request.json      workload, reason, focus_since: what was asked for
+    request.json      workload, reason, focus_since, since, until: what was asked for
     draft/            the checkpoint, written by the trainer; draft/checkpoint.json says it is complete
     registered.json   the version MLflow gave it
     fetched/          its bytes as the registry gave them back
@@ -35,6 +35,8 @@ class Request:
     reason: str = ""
     focus_since: float = 0.0       # Unix seconds; 0 = every window of the workload counts
     drifted_at: float = 0.0        # when it was judged drifted; 0 where a person asked
+    since: str = ""                # of a past period to train on (ISO 8601, UTC); "" is open
+    until: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

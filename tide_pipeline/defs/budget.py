@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.defs.jobs import TARGET, adapt_draft
+from tide_pipeline.defs.jobs import adapt_draft
+from tide_pipeline.defs.tags import TARGET
 
 DAY_S = 86_400.0
 MOST_RUNS = 1_000                  # looked at; a day has no room for more adaptations

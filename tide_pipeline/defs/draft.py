@@ -13,6 +13,7 @@ from tide_pipeline.defs.lake import GROUP, signal_windows
 from tide_pipeline.defs.meanwhile import importing
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, BUILT, DRIFTED, REGISTERED, TRAINED
+from tide_pipeline.defs.tags import BY_HAND, REASON, SINCE, TARGET, UNTIL, WORKLOAD
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
@@ -35,6 +36,8 @@ class AdaptConfig(dg.Config):
     reason: str = ""
     focus_since: float = 0.0               # Unix seconds since which windows count as the drifted traffic; 0 = all of the workload
     drifted_at: float = 0.0                # when it was judged drifted, for the time that the adaptation took
+    since: str = ""                        # train on nothing captured before, such as 2026-11-20T09:00 (UTC): a draft over a past window
+    until: str = ""                        # train on nothing captured then or later
 
 
 @dg.asset(deps=[signal_windows], group_name=GROUP, kinds={"pytorch"}, owners=["team:inference"], pool=TRAIN_POOL)
@@ -46,7 +49,9 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     """
     settings = tide.settings()
     adaptation = adaptation_of(context, tide)
-    adaptation.save("request", Request(config.workload, config.reason, config.focus_since, config.drifted_at))
+    asked = understood(config)
+    adaptation.save("request", asked)
+    tag_run(context, settings.target, asked)
     adaptation.mark(**({DRIFTED: config.drifted_at} if config.drifted_at else {}), **{ASKED: asked_at(context), BEGUN: time.time()})
     command = training_command(adaptation, served_build(settings, config.workload))
     try:
@@ -65,7 +70,8 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
 
     adaptation = adaptation_of(context, tide)
     checkpoint, asked = adaptation.checkpoint(), adaptation.request()
-    lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason}
+    lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason,
+               **{name: at for name, at in (("captured_since", asked.since), ("captured_until", asked.until)) if at}}
     with waiting_for_mlflow():
         draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
@@ -129,6 +135,28 @@ def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: 
     except RegistryError as error:
         answer_request(registry, draft.version, f"refused: {error}")
         raise
+
+
+def understood(config: AdaptConfig) -> Request:
+    """What is asked for, the period in UTC. Fails the step, for good, when it makes no sense."""
+    from tide_pipeline.errors import InvalidRequest
+    from tide_pipeline.training.span import Span
+
+    try:
+        span = Span.of(config.since, config.until)
+    except InvalidRequest as error:
+        raise dg.Failure(f"ops.draft_checkpoint.config: {error}", allow_retries=False) from error
+    reason = config.reason or ("" if span.is_all else f"a draft over what was captured {span}")
+    return Request(config.workload, reason, config.focus_since, config.drifted_at, *span.texts)
+
+
+def tag_run(context: dg.AssetExecutionContext, target: str, asked: Request) -> None:
+    """Why the run exists, for one launched by hand: what its launcher said already stays."""
+    wanted = {TARGET: target, WORKLOAD: asked.workload, SINCE: asked.since, UNTIL: asked.until}
+    tags = {name: value for name, value in wanted.items() if value and name not in context.run.tags}
+    if asked.reason and context.run.tags.get(REASON, BY_HAND) == BY_HAND:
+        tags[REASON] = asked.reason
+    context.instance.add_run_tags(context.run.run_id, tags)
 
 
 def asked_at(context: dg.AssetExecutionContext) -> float:

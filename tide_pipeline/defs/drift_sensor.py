@@ -14,9 +14,10 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.budget import why_too_much
 from tide_pipeline.defs.draft import AdaptConfig
 from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
-from tide_pipeline.defs.jobs import ATTEMPT, DRIFTED_AT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft
+from tide_pipeline.defs.jobs import adapt_draft
 from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.tags import ATTEMPT, BY_HAND, DRIFTED_AT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD
 
 OBSERVE_EVERY_S = 10.0
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED,
@@ -122,7 +123,7 @@ def _episode(instance: dg.DagsterInstance, memory: Memory, verdict: DriftVerdict
 
 
 def _busy(running: dg.DagsterRun) -> str:
-    return f"run {running.run_id[:8]} is {running.status.value.lower()}: {running.tags.get(REASON, 'launched by hand')}"
+    return f"run {running.run_id[:8]} is {running.status.value.lower()}: {running.tags.get(REASON, BY_HAND)}"
 
 
 def _request(config: TideConfig, verdict: DriftVerdict, episode: Episode) -> dg.RunRequest:

@@ -3,28 +3,30 @@
 Steps share a process; training has its own.
 """
 
+import time
+
 import dagster as dg
 
-from tide_pipeline.defs.lake import look
+from tide_pipeline.defs.hours import hour_of, look_at_hour
+from tide_pipeline.defs.keys import named
+from tide_pipeline.defs.lake import HOURS, look
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON
 from tide_pipeline.deployment.record import DeploymentRecord
 
-TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
-DRIFTED_AT = "tide/drifted_at"             # Unix seconds of the verdict
-MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
-ONE_AT_A_TIME = "tide/adapts"              # dagster.yaml lets one run with this tag go and queues the others
 # A run whose worker was killed is run again from the step that was cut off (dagster.yaml: not one whose step failed).
 RESUMED = {"dagster/max_retries": "2", "dagster/retry_strategy": "FROM_FAILURE"}
 
 adapt_draft = dg.define_asset_job(
-    "adapt_draft", dg.AssetSelection.assets("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "launched by hand", ONE_AT_A_TIME: "draft", **RESUMED},
-    description="Train a draft on what was captured, register and build it, prove it against the champion, roll it out.")
+    "adapt_draft", named("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: BY_HAND, **RESUMED},
+    description="Train a draft on what was captured (of a past window, with `since` and `until`), register and build it, prove it against "
+                "the champion, roll it out.")
 
 
 judge_challenger = dg.define_asset_job(
-    "judge_challenger", dg.AssetSelection.assets("draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: "launched by hand", ONE_AT_A_TIME: "draft", **RESUMED},
+    "judge_challenger", named("draft_engine", "benchmark_report", "live_draft"),
+    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: BY_HAND, **RESUMED},
     description="Put a registered version before the gate and, if it passes, do with it what rollout.mode says: for an alias that was "
                 "moved by hand, or with draft_engine's `version` filled in.")
 
@@ -48,7 +50,7 @@ def approve_proposal(context: dg.OpExecutionContext, config: ApprovalConfig, tid
 class RollbackConfig(dg.Config):
     """Why the last rollout is undone."""
 
-    reason: str = "launched by hand"
+    reason: str = BY_HAND
 
 
 @dg.op(description="Put back what was served before the last rollout.")
@@ -71,24 +73,29 @@ def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideR
         context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", ONE_AT_A_TIME: "draft", **RESUMED},
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", **RESUMED},
         description="Mode propose: the click that rolls out what was proposed.")
 def approve_rollout() -> None:
     follow_champion(approve_proposal())
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: "launched by hand"},
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: BY_HAND},
         description="Serve again what was served before the last rollout.")
 def rollback() -> None:
     follow_champion(roll_back())
 
 
-@dg.op(description="Look at the lake now; the drift sensor does it every few seconds.")
+@dg.op(description="Look at the lake: at the hour that is the run's partition, without one as it is now. Sensors do both by themselves.")
 def look_at_lake(context: dg.OpExecutionContext, tide: TideResource) -> None:
-    for observation in look(tide.settings()):
-        context.log_event(observation)
+    config = tide.settings()
+    if not context.has_partition_key:
+        for observation in look(config):
+            context.log_event(observation)
+    for event in look_at_hour(config, context.partition_key if context.has_partition_key else hour_of(time.time())):
+        context.log_event(event)
 
 
-@dg.job(executor_def=dg.in_process_executor, description="Observe acceptance_log and signal_windows by hand.")
+@dg.job(executor_def=dg.in_process_executor, partitions_def=HOURS, tags={MAX_RUNTIME: "600", REASON: BY_HAND},
+        description="Observe acceptance_log and signal_windows by hand: now, or the hours that are chosen as partitions.")
 def observe_lake() -> None:
     look_at_lake()

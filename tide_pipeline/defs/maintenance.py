@@ -7,8 +7,8 @@ import time
 
 import dagster as dg
 
-from tide_pipeline.defs.jobs import MAX_RUNTIME, REASON
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON
 from tide_pipeline.errors import SettingsError
 
 MAINTENANCE = "tide/maintains"             # dagster.yaml lets one such run go at a time: they would wait for each other's lease
@@ -17,7 +17,7 @@ BUSY = dg.RetryPolicy(max_retries=2, delay=60.0)       # another host may hold t
 
 def _job(op: dg.OpDefinition, description: str) -> dg.JobDefinition:
     @dg.job(name=op.name.removesuffix("_op"), executor_def=dg.in_process_executor, description=description,
-            tags={MAX_RUNTIME: "7200", REASON: "launched by hand", MAINTENANCE: "lake"})
+            tags={MAX_RUNTIME: "7200", REASON: BY_HAND, MAINTENANCE: "lake"})
     def made() -> None:
         op()
 

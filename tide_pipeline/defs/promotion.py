@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import dagster as dg
 
@@ -15,8 +16,10 @@ from tide_pipeline.defs.split import JUDGED, split, without_waiting
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 
+SERVE_POOL = "serve_gpu"                   # what measures speed on the devices that serve: one at a time, or both are slow
 
-@dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"])
+
+@dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"], pool=SERVE_POOL)
 def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
     """Champion and challenger side by side: acceptance on held-out windows, speed in the engine, greedy equivalence."""
     from tide_pipeline.gate.run import run_gate
@@ -44,7 +47,8 @@ def challenger_beats_champion(context: dg.AssetCheckExecutionContext, tide: Tide
                                metadata={name: door["reason"] for name, door in verdict.doors.items()})
 
 
-@dg.asset(deps=[benchmark_report], group_name=GROUP, kinds={"nvidia"}, owners=["team:inference"], output_required=False)
+@dg.asset(deps=[benchmark_report], group_name=GROUP, kinds={"nvidia"}, owners=["team:inference"], output_required=False,
+          freshness_policy=dg.FreshnessPolicy.time_window(warn_window=timedelta(days=14), fail_window=timedelta(days=60)))
 def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterator[dg.MaterializeResult]:
     """What the replicas serve: the deployment record after canary, bake and steps, and MLflow's champion alias behind it.
 
@@ -83,10 +87,10 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
         log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
     except (RegistryError, BuildError) as error:           # the rollout is over; alias_sensor looks every 30 s
         log.warning(f"aliases were not moved, the sensor will: {error}")
-    return dg.MaterializeResult(asset_key="live_draft", metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
-                                                                  "draft_version": build.draft_version, "reason": deployment.reason,
-                                                                  **{f"{stage.replace(' ', '_')}_s": s for stage, s in stages.items()},
-                                                                  "without_collect_train_bake_s": without_waiting(stages)})
+    return dg.MaterializeResult(metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
+                                          "draft_version": build.draft_version, "reason": deployment.reason,
+                                          **{f"{stage.replace(' ', '_')}_s": s for stage, s in stages.items()},
+                                          "without_collect_train_bake_s": without_waiting(stages)})
 
 
 def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.defs.jobs import MAX_RUNTIME, REASON, TARGET, WORKLOAD, adapt_draft, approve_rollout, judge_challenger
+from tide_pipeline.defs.jobs import adapt_draft, approve_rollout, judge_challenger
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.tags import MAX_RUNTIME, REASON, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 

@@ -28,6 +28,8 @@ def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> li
         command += ["--champion", f"{champion.path}/draft", "--parent", champion.draft_version]
     if asked.focus_since > 0:
         command += ["--focus-since", str(asked.focus_since)]
+    if asked.since or asked.until:
+        command += ["--since", asked.since, "--until", asked.until]
     return command
 
 

@@ -15,7 +15,7 @@ from typing import Any
 Pedigree = dict[str, dict[str, Any]]
 
 DRAFT = ("version", "draft_version", "alias", "target", "workload", "digest", "engine_digest", "parent", "parent_digest", "origin",
-         "recipe", "focus_since", "created_at")
+         "recipe", "focus_since", "captured_since", "captured_until", "created_at")
 METRICS = ("acceptance_length", "trained_acceptance_length", "start_acceptance_length", "replay_acceptance_length", "steps", "best_step",
            "best_weights", "stopped_early", "train_s", "windows", "rows", "requests", "prompts", "processes", "kept_bytes", "micro_batches")
 CODE = ("git_sha", "git_changes", "python", "machine")

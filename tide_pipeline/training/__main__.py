@@ -25,6 +25,7 @@ from tide_pipeline.training.checks import check
 from tide_pipeline.training.launch import STOPPED, is_launched, launch
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.progress import BarViewer, FileViewer, LastViewer, LineViewer, TrainProgress, Viewer
+from tide_pipeline.training.span import Span
 from tide_pipeline.training.team import Team, team_of_environment
 
 PR_SET_PDEATHSIG = 1
@@ -65,7 +66,8 @@ def _train(args: argparse.Namespace, config: TideConfig, team: Team, stop: _Stop
         viewers = [*_viewers(args, pipes), last] if team.is_first else []
         try:
             checkpoint = train_draft(config, workload=args.workload, out_dir=args.out, champion=args.champion, parent=args.parent,
-                                     focus_since=args.focus_since, progress=lambda p: _show(viewers, p),
+                                     focus_since=args.focus_since, span=Span.of(args.since, args.until),
+                                     progress=lambda p: _show(viewers, p),
                                      should_stop=lambda: stop.asked, team=team)
         finally:
             for viewer in viewers:
@@ -88,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parent", default="", help="the champion's version, for the lineage")
     parser.add_argument("--focus-since", type=float, default=0.0,
                         help="Unix seconds: earlier windows of the workload are replayed, not adapted to (default: all are new)")
+    parser.add_argument("--since", default="", metavar="TIME",
+                        help="train on nothing that was captured before, such as 2026-11-20T09:00 (UTC)")
+    parser.add_argument("--until", default="", metavar="TIME", help="train on nothing that was captured then or later")
     parser.add_argument("--config", type=Path, help="TOML settings (default: TIDE_CONFIG, else the recipe pocket_cpu)")
     parser.add_argument("--time-budget-s", type=float, help="overrides training.time_budget_s")
     parser.add_argument("--seed", type=int, help="overrides training.seed")

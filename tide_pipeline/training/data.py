@@ -11,6 +11,7 @@ token are two: those that share a long beginning (turns of one conversation) can
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
 from tide_pipeline.config import TideConfig, TrainingSettings
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import EngineMismatch, NotEnoughSignals
+from tide_pipeline.training.span import ALWAYS, Span
 from tide_pipeline.training.target_head import TargetHead
 
 EARLIER = " (earlier)"             # appended to the tag of a drifted workload's windows from before the drift
@@ -78,11 +80,12 @@ def split_windows(windows: Iterable[SignalWindow], workload: str, settings: Trai
 
 
 def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped: Path | None = None, *,
-                 focus_since: float = 0.0) -> WindowSplit:
+                 focus_since: float = 0.0, span: Span = ALWAYS) -> WindowSplit:
     """The windows of `workload` and of all others, in the lake and in the shipped replay set.
 
     Windows of `workload` closed before `focus_since` (Unix seconds) are what it looked like before it drifted: they count as
-    another workload, named `<workload> (earlier)`, for replay and for the gate's floor.
+    another workload, named `<workload> (earlier)`, for replay and for the gate's floor. Of the lake, only windows closed in `span` are
+    trained on; what is held out is the same for every span.
 
     Raises:
         NotEnoughSignals: no lake, or too few prompts of `workload` to train on and to hold out.
@@ -91,20 +94,26 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     shipped = shipped if shipped is not None else config.engine_dir / "replay"
     most = config.training.max_windows
     found, skipped, stale = _list(config.state.signals, config.target, engine_digest, most)
+    always: list[SignalWindow] = []
     if shipped.is_dir():
-        more, more_skipped, more_stale = _list(shipped, config.target, engine_digest, most)
-        found, skipped, stale = found + more, skipped + more_skipped, stale + more_stale
+        always, more_skipped, more_stale = _list(shipped, config.target, engine_digest, most)
+        found, skipped, stale = found + always, skipped + more_skipped, stale + more_stale
     if stale and not found:
         raise EngineMismatch(f"all {stale} captured windows of {config.target!r} come from another engine build than {engine_digest} "
                              "(the target or its captured layers changed): capture again with the engine that serves now")
     split = split_windows([_dated(w, workload, focus_since) for w in found], workload, config.training)
+    if not span.is_all:
+        within, skipped, _ = _list(config.state.signals, config.target, engine_digest, most, span)
+        past = split_windows([_dated(w, workload, focus_since) for w in within + always], workload, config.training)
+        split = replace(past, focus_held_out=split.focus_held_out, replay_held_out=split.replay_held_out)
     split.skipped.update(skipped)
     if stale:
         split.skipped["made by another engine"] += stale
     train, held_out = (len({w.prompt_digest for w in part}) for part in (split.focus, split.focus_held_out))
     need = config.training.min_prompts
     if train + held_out < need or not train or not held_out:
-        raise NotEnoughSignals(f"{train} prompts of workload {workload!r} to train on and {held_out} held out (rows: "
+        when = "" if span.is_all else f" captured {span}"
+        raise NotEnoughSignals(f"{train} prompts of workload {workload!r}{when} to train on and {held_out} held out (rows: "
                                f"{sum(w.num_rows for w in split.focus)}), at least {need} different prompts and one of each are "
                                "needed: serve more traffic of this workload with capture on" + _others(found, workload))
     return split
@@ -145,9 +154,11 @@ def _dated(window: SignalWindow, workload: str, focus_since: float) -> SignalWin
     return replace(window, workload=workload + EARLIER)
 
 
-def _list(root: Path | str, target: str, engine_digest: str, most: int) -> tuple[list[SignalWindow], Counter[str], int]:
+def _list(root: Path | str, target: str, engine_digest: str, most: int,
+          span: Span = ALWAYS) -> tuple[list[SignalWindow], Counter[str], int]:
     """Twice as many of each workload as a split can use: the drifted one is two, before and after."""
-    index = list_windows(root, target, engine_digest=engine_digest, max_each=2 * most, among=LOOK_THROUGH * most)
+    index = list_windows(root, target, engine_digest=engine_digest, max_each=2 * most, among=LOOK_THROUGH * most,
+                         since=span.since or None, until=span.until if span.until < math.inf else None)
     return index.windows, Counter(f"unreadable shard: {reason}" for _, reason in index.skipped), index.other_engines
 
 

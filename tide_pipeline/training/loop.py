@@ -27,6 +27,7 @@ from tide_pipeline.training.progress import TrainProgress
 from tide_pipeline.training.run import Report, Run, TrainingInterrupted
 from tide_pipeline.training.scale import channel_scale, for_raw_taps
 from tide_pipeline.training.snapshot import finished, load_run, read_checkpoint, save_run
+from tide_pipeline.training.span import ALWAYS, Span
 from tide_pipeline.training.stream import MB
 from tide_pipeline.training.target_head import TargetHead, target_head_of
 from tide_pipeline.training.team import Team
@@ -38,12 +39,12 @@ FREE = ("cache_mb", "train_devices")       # settings that change nothing about 
 
 
 def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: Path | None = None, parent: str = "",
-                focus_since: float = 0.0, progress: Report = lambda _: None, should_stop: Callable[[], bool] = lambda: False,
-                team: Team | None = None) -> DraftCheckpoint:
+                focus_since: float = 0.0, span: Span = ALWAYS, progress: Report = lambda _: None,
+                should_stop: Callable[[], bool] = lambda: False, team: Team | None = None) -> DraftCheckpoint:
     """Train a draft for `workload`, from the `champion` folder or from scratch; go on with an unfinished run in `out_dir`.
 
-    Windows of the workload from before `focus_since` (Unix seconds) are replay, not focus. `team` is of the processes that train
-    together, all of which call this alike; only the first one reports and writes.
+    Windows of the workload from before `focus_since` (Unix seconds) are replay, not focus; those closed outside `span` are not trained
+    on at all. `team` is of the processes that train together, all of which call this alike; only the first one reports and writes.
 
     Raises:
         SettingsError: a training setting has a value that makes no sense.
@@ -61,26 +62,26 @@ def train_draft(config: TideConfig, *, workload: str, out_dir: Path, champion: P
     origin = digest_draft(champion) if champion else ""
     parent = parent or origin[:12]
     facts = {"workload": workload, "engine_digest": head.digest, "parent": parent, "champion": origin, "focus_since": focus_since,
-             "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}}
+             **span.facts, "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}}
     if team.latest(float(team.is_first and finished(out_dir, facts)))[0]:
         return read_checkpoint(out_dir)
     reader = window_reader(config)
-    look = _look(config, workload, head, reader, out_dir, facts, team)
+    look = _look(config, workload, head, reader, out_dir, facts, team, span)
     draft = first_draft(champion, head, look, settings)
     run = Run(config, workload, out_dir, head.to(team.device), look, reader, draft, team, progress, should_stop,
-              {"parent_digest": origin, "focus_since": focus_since})
+              {"parent_digest": origin, "focus_since": focus_since, **span.facts})
     run.resume()
     run.train()
     return run.finish(parent)
 
 
 def _look(config: TideConfig, workload: str, head: TargetHead, reader: WindowReader, out_dir: Path, facts: dict[str, Any],
-          team: Team) -> Look:
+          team: Team, span: Span) -> Look:
     """At the same windows in every process, and every time a run is taken up: the first one pins in the folder those it could read."""
     room_bytes = config.training.cache_mb * MB
     pinned, look = load_run(out_dir, facts) if team.is_first else None, None
     if team.is_first and pinned is None:
-        split = find_windows(config, workload, head.digest, focus_since=facts["focus_since"])
+        split = find_windows(config, workload, head.digest, focus_since=facts["focus_since"], span=span)
         look = look_through(split, head, reader, room_bytes)
         save_run(out_dir, facts, look.windows)
     team.wait()

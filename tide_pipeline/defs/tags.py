@@ -1,0 +1,7 @@
+"""Tags of runs: what a run is for, and what Dagster reads of it. Knows names only."""
+
+TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
+SINCE, UNTIL = "tide/since", "tide/until"  # of a draft over a past window, UTC
+DRIFTED_AT = "tide/drifted_at"             # Unix seconds of the verdict
+BY_HAND = "launched by hand"               # the reason where nobody gave another
+MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
