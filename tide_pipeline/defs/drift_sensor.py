@@ -19,7 +19,7 @@ from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.tags import ATTEMPT, BY_HAND, DRIFTED_AT, EPISODE, MAX_RUNTIME, REASON, TARGET, WORKLOAD
 
-OBSERVE_EVERY_S = 10.0
+OBSERVE_EVERY_S = 60.0             # observations stay in Dagster's event log for ever
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED,
               dg.DagsterRunStatus.CANCELING]
 
