@@ -20,7 +20,7 @@ from tide_pipeline.contracts import TapHandle
 
 HOST_STEPS = 64                        # whose rows a host's ring holds
 UNREAD_STEPS = 32                      # after which its sink must read, and
-UNREAD_ROWS = 512
+UNREAD_ROWS = 128
 
 
 class Parcel(Protocol):
