@@ -74,8 +74,8 @@ def full() -> Plan:
     for domain in domains:
         turns.append(Shift(domain, 430.0, domain in seen))
         seen.add(domain)
-    faults = (Fault(("trainer",), 2, 30.0, training=True), Fault(MLFLOW, 3, 20.0), Fault(("dagster_daemon",), 3, 200.0),
-              Fault(("run_worker",), 4, 20.0, training=True), Fault(("dagster_code",), 5, 30.0), Fault(("engine",), 5, 240.0),
+    faults = (Fault(("trainer",), 2, 30.0, training=True), Fault(("run_worker",), 3, 20.0, training=True),
+              Fault(MLFLOW, 4, 20.0), Fault(("dagster_daemon",), 4, 200.0), Fault(("dagster_code",), 5, 30.0), Fault(("engine",), 5, 240.0),
               Fault(("front",), 6, 60.0), Fault(("supervisor",), 6, 200.0), Fault(("triton",), 7, 150.0))
     return Plan(tuple(turns), faults, {"retention": {"signal_gb": 1.5}}, concurrency=4, most_s=4_300.0, maintain_every_s=480.0)
 
