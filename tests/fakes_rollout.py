@@ -13,23 +13,13 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from tests.helpers import tiny_spec, write_engine_toml
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import AcceptanceRow, EngineBuild, ObservedState
 from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord, write_observed
 from tide_pipeline.errors import BuildError
-
-ENGINE_TOML = """name = "tiny"
-backend = "embedded"
-model = "target"
-revision = "1"
-capture_layers = [0, 1, 2]
-soft_targets = true
-champion = "{champion}"
-max_context = 96
-max_draft_length = 4
-"""
 
 
 def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> TideConfig:
@@ -39,7 +29,7 @@ def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> Ti
         shutil.copytree(tiny_dir, engine / "target")
         if shipped is not None:
             shutil.copytree(shipped, engine / "champion")
-        (engine / "engine.toml").write_text(ENGINE_TOML.format(champion="champion" if shipped else ""))
+        write_engine_toml(engine, tiny_spec(champion="champion" if shipped else ""))
     return override(TideConfig(), {"engine": "tiny", "engines_dir": str(root / "engines"), "state_dir": str(root / "state"),
                                    "rollout": {"mode": "auto", "bake_s": 0.3, "min_bake_steps": 30, "max_bake_s": 6.0, "heartbeat_s": 6.0,
                                                "step_s": 0.2}})

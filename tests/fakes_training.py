@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers import tiny_spec, write_engine_toml
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.capture.rows import words_of
 from tide_pipeline.capture.windows import ClosedWindow, prompt_digest
@@ -27,16 +28,6 @@ from tide_pipeline.training.batches import Batch, Sampler, pack
 
 DIMENSIONS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
               "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 256}
-SPEC = """name = "tiny"
-backend = "embedded"
-model = "target"
-revision = "1"
-capture_layers = [0, 1, 2]
-soft_targets = true
-champion = ""
-max_context = 256
-max_draft_length = 5
-"""
 
 
 def write_target(folder: Path, seed: int = 0, scale: float = 0.15) -> None:
@@ -69,7 +60,7 @@ def tiny_engine(root: Path, seed: int = 0) -> TideConfig:
     """Settings whose engine is a tiny target under `root`."""
     engine = root / "engines" / "tiny"
     write_target(engine / "target", seed)
-    (engine / "engine.toml").write_text(SPEC)
+    write_engine_toml(engine, tiny_spec(max_context=256, max_draft_length=5))
     return override(TideConfig(), {"engine": "tiny", "engines_dir": str(root / "engines"), "state_dir": str(root / "state")})
 
 

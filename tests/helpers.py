@@ -96,17 +96,22 @@ def write_tiny_target(folder: Path, *, layers: int = 4, vocab: int = BYTES_VOCAB
 
 
 def tiny_spec(*, name: str = "tiny", capture_layers: tuple[int, ...] = (0, 1, 2), soft_targets: bool = True, max_context: int = 96,
-              max_draft_length: int = 4) -> EngineSpec:
-    return EngineSpec(name, "embedded", "target", "1", capture_layers, soft_targets, "", max_context, max_draft_length)
+              max_draft_length: int = 4, champion: str = "") -> EngineSpec:
+    return EngineSpec(name, "embedded", "target", "1", capture_layers, soft_targets, champion, max_context, max_draft_length)
 
 
 def write_tiny_engine(engines: Path) -> Path:
     """engines/tiny: a tiny target without a draft, and the engine.toml of `tiny_spec`. Returns the folder."""
     folder = engines / "tiny"
     write_tiny_target(folder / "target")
-    plain = {key: value for key, value in asdict(tiny_spec()).items() if not isinstance(value, dict)}
-    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items()))
+    write_engine_toml(folder, tiny_spec())
     return folder
+
+
+def write_engine_toml(folder: Path, spec: EngineSpec) -> None:
+    """`folder/engine.toml`, of an embedded engine: its tables are left out."""
+    plain = {key: value for key, value in asdict(spec).items() if not isinstance(value, dict)}
+    (folder / "engine.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items()))
 
 
 # --- a draft -----------------------------------------------------------------------------------------------------

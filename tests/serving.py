@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ask, generate, tiny_spec, write_tiny_build, write_tiny_target
+from tests.helpers import ask, generate, tiny_spec, write_engine_toml, write_tiny_build, write_tiny_target
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild, GenerationRequest
 from tide_pipeline.deployment.builds import save_build
@@ -66,10 +66,7 @@ def write_place(folder: Path, values: Mapping[str, Any] | None = None) -> Place:
     """`folder/engines/tiny`, `folder/state` and `folder/tide.toml`."""
     engine = folder / "engines" / "tiny"
     write_tiny_target(engine / "target", max_positions=CONTEXT)
-    spec = tiny_spec(max_context=CONTEXT)
-    engine.joinpath("engine.toml").write_text(
-        f'name = "tiny"\nbackend = "embedded"\nmodel = "target"\nrevision = "1"\ncapture_layers = {list(spec.capture_layers)}\n'
-        f'soft_targets = true\nchampion = ""\nmax_context = {CONTEXT}\nmax_draft_length = {spec.max_draft_length}\n')
+    write_engine_toml(engine, tiny_spec(max_context=CONTEXT))
     config = override(TideConfig(engine="tiny", engines_dir=str(folder / "engines"), state_dir=str(folder / "state")), values or {})
     freeze(config, folder / "tide.toml")
     return Place(config, folder / "tide.toml", Target(engine / "target", load_engine_spec(engine)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 
+from tests.clients import Clients
 from tests.helpers import ask
 from tide_pipeline.serve.client import TritonClient
 
@@ -24,28 +24,17 @@ class Failure:
     error: str
 
 
-class Load:
+class Load(Clients):
     """`with Load(client) as load:` asks for greedy answers, streamed. Times are monotonic seconds."""
 
     def __init__(self, client: TritonClient, clients: int = 3, tokens: int = 48, speculation: str = "auto", name: str = "load") -> None:
         self._client, self._tokens, self._speculation, self._name = client, tokens, speculation, name
-        self._stop = threading.Event()
         self.texts: dict[str, Counter[str]] = {prompt: Counter() for prompt in PROMPTS}
         self.answered: list[tuple[float, float]] = []      # sent, ended
         self.pieces: list[float] = []                      # when each step's text came
         self.failures: list[Failure] = []
         self.versions: Counter[str] = Counter()
-        self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(120)
+        super().__init__(clients)
 
     def gap_s(self, since: float, until: float) -> float:
         """The longest time without a token for anybody."""
@@ -60,9 +49,9 @@ class Load:
         """Greedy: whatever was killed, and whichever draft served, the text is one."""
         assert all(len(texts) <= 1 for texts in self.texts.values()), self.texts
 
-    def _ask(self, client: int) -> None:
+    def ask(self, client: int) -> None:
         for i in range(1_000_000):
-            if self._stop.is_set():
+            if self.stopped.is_set():
                 return
             prompt, sent, begun = PROMPTS[i % len(PROMPTS)], time.monotonic(), False
             request = ask(f"{self._name}-{client}-{i}-{sent:.6f}", prompt, speculation=self._speculation, max_tokens=self._tokens,
@@ -78,7 +67,7 @@ class Load:
                     self.versions[stream.result.draft_version] += 1
             except Exception as error:
                 self.failures.append(Failure(sent, time.monotonic(), begun, f"{type(error).__name__}: {error}"))
-                self._stop.wait(0.1)
+                self.stopped.wait(0.1)
                 continue
             self.texts[prompt][text] += 1
             self.answered.append((sent, time.monotonic()))

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import inject
 
-from tests.helpers import ask, tiny_spec, write_tiny_build, write_tiny_target
+from tests.helpers import ask, tiny_spec, write_engine_toml, write_tiny_build, write_tiny_target
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.deployment.record import DeploymentRecord
@@ -30,16 +30,6 @@ from tide_pipeline.stack.local import PARTS, LocalStack
 from tide_pipeline.stack.runs import RunView, runs_of
 
 PATIENCE_S = 180.0                 # a machine may be busy; every wait ends as soon as the thing is there
-ENGINE_TOML = """name = "tiny"
-backend = "embedded"
-model = "target"
-revision = "1"
-capture_layers = [0, 1, 2]
-soft_targets = true
-champion = "champion"
-max_context = 256
-max_draft_length = 4
-"""
 SETTINGS: dict[str, Any] = {
     "serve": {"agent_poll_s": 0.2, "report_s": 0.5},
     "capture": {"mode": "on", "flush_s": 0.5},
@@ -201,7 +191,7 @@ def write_engine(folder: Path) -> TideConfig:
     target = Target(engine / "target", tiny_spec(max_context=256))
     shipped = write_tiny_build(folder / "shipped", target, noise=0.5)
     Path(shipped.path, "draft").rename(engine / "champion")
-    (engine / "engine.toml").write_text(ENGINE_TOML)
+    write_engine_toml(engine, tiny_spec(max_context=256, champion="champion"))
     return override(TideConfig(engine="tiny", engines_dir=str(folder / "engines"), state_dir=str(folder / "state")), SETTINGS)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.clients import Clients
 from tests.helpers import ask
 from tests.serving import Place, until, write_place
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
@@ -30,29 +30,19 @@ SETTINGS = {"serve": {"max_batch": 4, "agent_poll_s": 0.1, "report_s": 0.2}, "ca
             "rollout": {"bake_s": 1.0, "max_bake_s": 45.0, "min_bake_steps": 60, "max_drop": 0.15, "step_s": 0.3, "heartbeat_s": 30.0}}
 
 
-class Load:
+class Load(Clients):
     """Clients that never stop asking, by the front."""
 
     def __init__(self, client: TritonClient, clients: int = 4) -> None:
-        self._client, self._stop = client, threading.Event()
+        self._client = client
         self.answers: dict[str, Counter[str]] = defaultdict(Counter)   # prompt -> text
         self.versions: Counter[str] = Counter()
         self.failures: list[str] = []
-        self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
+        super().__init__(clients)
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self, client: int) -> None:
+    def ask(self, client: int) -> None:
         for i in range(1_000_000):
-            if self._stop.is_set():
+            if self.stopped.is_set():
                 return
             prompt = PROMPTS[i % len(PROMPTS)]
             try:

@@ -67,11 +67,12 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
 def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
     """The checkpoint as a version in MLflow: its bytes' digest, its curve, and where it comes from."""
     from tide_pipeline.registry.registry import open_registry
+    from tide_pipeline.training.span import Span
 
     adaptation = adaptation_of(context, tide)
     checkpoint, asked = adaptation.checkpoint(), adaptation.request()
     lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason,
-               **{name: at for name, at in (("captured_since", asked.since), ("captured_until", asked.until)) if at}}
+               **Span.of(asked.since, asked.until).facts}
     with waiting_for_mlflow():
         draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
