@@ -1,16 +1,17 @@
-"""Seconds of each stage from the times that the steps and the deployment record leave behind; imports that happen meanwhile."""
+"""Seconds of each stage from the times that the steps and the deployment record leave behind; what happens meanwhile."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.defs.adaptation import Adaptation
-from tide_pipeline.defs.meanwhile import importing
+from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.split import split, without_waiting
 
 MARKS = {"drifted": 100.0, "asked": 130.0, "begun": 133.0, "trained": 200.0, "registered": 202.0, "built": 203.5, "judged": 210.0}
@@ -54,12 +55,30 @@ def test_modules_are_imported_meanwhile_or_not_at_all(tmp_path: Path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("tide_test_one", "tide_test_two", "tide_test_three"):
         (tmp_path / f"{name}.py").write_text("")
-    with importing(["tide_test_one", "there_is_no_such_module", "tide_test_two"], after_s=0.0):
-        gives_up = time.monotonic() + 60
-        while "tide_test_one" not in sys.modules:
-            assert time.monotonic() < gives_up
-            time.sleep(0.05)
-    with importing(["tide_test_three"], after_s=0.3):
+    with meanwhile(modules=["tide_test_one", "there_is_no_such_module", "tide_test_two"], after_s=0.0):
+        until(lambda: "tide_test_one" in sys.modules)
+    with meanwhile(modules=["tide_test_three"], after_s=0.3):
         pass
     time.sleep(0.5)
     assert "tide_test_three" not in sys.modules, "the block ended sooner"
+
+
+def test_work_is_done_again_until_the_block_ends_whatever_it_raises() -> None:
+    calls: list[float] = []
+
+    def work() -> None:
+        calls.append(time.monotonic())
+        raise RuntimeError("the lake is away")
+
+    with meanwhile(work, modules=[], after_s=0.0, again_s=0.05):
+        until(lambda: len(calls) >= 3)
+    done = len(calls)
+    time.sleep(0.3)
+    assert len(calls) <= done + 1, "one that was under way may end"
+
+
+def until(is_true: Callable[[], bool]) -> None:
+    gives_up = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < gives_up
+        time.sleep(0.02)

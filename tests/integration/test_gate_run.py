@@ -17,6 +17,7 @@ from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.engine.text import TextCodec
 from tide_pipeline.errors import GateNotPassed, NotEnoughSignals
 from tide_pipeline.gate.offline import held_out_states
+from tide_pipeline.gate.remembered import remember
 from tide_pipeline.gate.run import bench_prompts, load_report, load_verdict, run_gate
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target
@@ -82,6 +83,16 @@ def test_the_worse_draft_is_refused_with_its_numbers(config: TideConfig, drafts:
     assert not verdict.passed and not verdict.doors["offline"]["passed"] and "py -" in verdict.doors["offline"]["reason"]
     assert verdict.doors["equivalence"]["passed"], "a bad draft is slow, never wrong"
     assert not load_verdict(config, drafts["bad"].build_id).passed, "refused verdicts are kept too"
+
+
+def test_a_champion_replayed_before_has_the_same_numbers(config: TideConfig, drafts: dict[str, EngineBuild], tmp_path: Path) -> None:
+    file = tmp_path / "replays.json"
+    assert remember(config, drafts["bad"], file, workload="de") > 20 and remember(config, drafts["bad"], file, workload="de") == 0
+    fresh = run_gate(config, drafts["good"], drafts["bad"], workload="de")
+    assert run_gate(config, drafts["good"], drafts["bad"], workload="de", replays=file).paired == fresh.paired
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(known | {"walks": {name: [1.0, [1.0, 1.0, 1.0]] for name in known["walks"]}}))
+    assert run_gate(config, drafts["good"], drafts["bad"], workload="de", replays=file).paired.champion == 4.0, "it is read"
 
 
 def test_the_first_draft_is_judged_against_no_speculation(config: TideConfig, drafts: dict[str, EngineBuild]) -> None:

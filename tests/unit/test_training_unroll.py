@@ -39,6 +39,21 @@ def test_every_row_of_every_depth_equals_the_runner(tmp_path: Path, depth: int) 
             torch.testing.assert_close(logits[packed_at + anchor + depth], runner.logits(got)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_rows_before_the_first_that_is_read_can_be_left_out(tmp_path: Path) -> None:
+    """Prompts: their true keys are looked at, their own chains are nobody's."""
+    target = open_target(tiny_engine(tmp_path))
+    draft = random_draft(target.shape)
+    batch = pack([[Slice(w, 0, 24)] for w in captured(target, "py", 2, prompt=12, output=12)], 24)
+    whole, later = (Unroll(draft, target.embedding_VD, batch.taps_BTG, batch.positions_BT, batch.segments_BT) for _ in range(2))
+    with torch.no_grad():
+        whole.step(batch.next_ids_BT)
+        later.step(batch.next_ids_BT)
+        later.only_from(11)
+        for depth in range(1, 5):
+            expected, got = whole.step(batch.next_ids_BT), later.step(batch.next_ids_BT[:, 11:])
+            torch.testing.assert_close(got[:, depth:], expected[:, 11 + depth :], atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_reach_every_parameter(tmp_path: Path) -> None:
     target = open_target(tiny_engine(tmp_path))
     draft = random_draft(target.shape)

@@ -1,6 +1,7 @@
 """The folder of one adaptation, `training/<root run id>/`: what each step hands to the next. Knows JSON records, not Dagster assets.
 
     request.json      workload, reason, focus_since, since, until: what was asked for
+    replays.json      what the champion does on held-out windows, for the gate
     draft/            the checkpoint, written by the trainer; draft/checkpoint.json says it is complete
     registered.json   the version MLflow gave it
     fetched/          its bytes as the registry gave them back
@@ -52,6 +53,10 @@ class Adaptation:
     @property
     def draft(self) -> Path:
         return self.folder / "draft"
+
+    @property
+    def replays(self) -> Path:
+        return self.folder / "replays.json"
 
     @property
     def fetched(self) -> Path:

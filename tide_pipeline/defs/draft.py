@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
 from tide_pipeline.defs.lake import GROUP, signal_windows
-from tide_pipeline.defs.meanwhile import importing
+from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, BUILT, DRIFTED, REGISTERED, TRAINED
 from tide_pipeline.defs.tags import BY_HAND, REASON, SINCE, TARGET, UNTIL, WORKLOAD
@@ -53,9 +55,10 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     adaptation.save("request", asked)
     tag_run(context, settings.target, asked)
     adaptation.mark(**({DRIFTED: config.drifted_at} if config.drifted_at else {}), **{ASKED: asked_at(context), BEGUN: time.time()})
-    command = training_command(adaptation, served_build(settings, config.workload))
+    champion = served_build(settings, config.workload)
+    command = training_command(adaptation, champion)
     try:
-        with importing():
+        with meanwhile(lambda: replay_champion(settings, adaptation, champion)):
             done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
     except DagsterPipesExecutionError as error:
         raise after_a_failed_training(error, last_words_of(context.instance, context.run.run_id)) from error
@@ -79,6 +82,15 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
     adaptation.mark(**{REGISTERED: time.time()})
     return dg.MaterializeResult(metadata={"version": draft.version, "draft_version": draft.draft_version, "digest": draft.digest,
                                           "mlflow_run_id": draft.run_id, "acceptance_length": checkpoint.acceptance_length})
+
+
+def replay_champion(settings: TideConfig, adaptation: Adaptation, champion: EngineBuild | None) -> None:
+    """Half of what the gate replays is known before there is a challenger."""
+    from tide_pipeline.gate.remembered import remember
+
+    asked = adaptation.request()
+    if champion is not None:
+        remember(settings, champion, adaptation.replays, workload=asked.workload, focus_since=asked.focus_since)
 
 
 class EngineConfig(dg.Config):

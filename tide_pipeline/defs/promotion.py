@@ -27,7 +27,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     asked = adaptation.request()
     report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
-                      focus_since=asked.focus_since)
+                      focus_since=asked.focus_since, replays=adaptation.replays)
     tell_registry(context, settings, adaptation, report.verdict)
     adaptation.mark(**{JUDGED: time.time()})
     paired, new = report.paired, report.challenger_bench

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,39 +63,43 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
                      progress: Callable[[int, int], None] | None = None) -> Bench:
     """Run prompts plainly and with each build, one request at a time.
 
-    The first `timed` prompts (None: all) are timed; the rest are only run with the `checked` tags (None: all), whose greedy outputs on
-    `gate.equivalence_prompts` of all prompts are held against the target's.
+    The first `timed` prompts (None: all) are timed; the rest are only run with the `checked` tags (None: all), to warm up. Greedy outputs
+    of `checked` on `gate.equivalence_prompts` of all prompts are held against the target's.
     """
     engine = EmbeddedEngine(model_dir, spec, serve or ServeSettings(max_batch=1), speculation)
     engine.set_drafts(dict(builds))
     engine.profile()
     engine.start()
     tags = [PLAIN, *builds]
-    checked = tags if checked is None else checked
-    bench, rest = Bench({tag: [] for tag in tags}, {tag: Equivalence() for tag in checked}), dict[str, list[Run]]()
-    several = prompts[:timed]
+    bench = Bench({tag: [] for tag in tags}, {tag: Equivalence() for tag in (tags if checked is None else checked)})
+    several, rest = prompts[:timed], prompts[len(prompts[:timed]) : gate.equivalence_prompts]
+    untimed = dict[str, list[Run]]()
+    run = partial(_run, engine, tokens=gate.bench_tokens, temperature=temperature, mode=mode)
     try:
-        for tag in tags:                                                       # warm up, and let the controller learn
-            for prompt in several[: max(2, len(several) // 4)]:
-                _run(engine, f"warm-{tag}-{len(prompt)}", prompt, tag, gate.bench_tokens, temperature, mode)
+        for tag in reversed(tags):                         # warms up as well: the engine, and each build's controller
+            untimed[tag] = [run(f"{tag}-rest-{i}", prompt, tag) for i, prompt in enumerate(rest if tag in bench.equivalence else ())]
+            for i, prompt in enumerate(several[: max(0, _warm_ups(tag, several) - len(untimed[tag]))]):
+                run(f"{tag}-warm-{i}", prompt, tag)
         for i, prompt in enumerate(several):
             for tag in (tags if i % 2 == 0 else reversed(tags)):
-                bench.runs[tag].append(_run(engine, f"{tag}-{i}", prompt, tag, gate.bench_tokens, temperature, mode))
+                bench.runs[tag].append(run(f"{tag}-{i}", prompt, tag))
             if progress:
                 progress(i + 1, len(several))
-        for tag in checked:
-            more = enumerate(prompts[len(several) : gate.equivalence_prompts], len(several))
-            rest[tag] = [_run(engine, f"{tag}-{i}", prompt, tag, gate.bench_tokens, temperature, mode) for i, prompt in more]
     finally:
         engine.close()
     if temperature == 0.0:
-        for tag in checked:
-            for prompt, run in list(zip(prompts, bench.runs[tag] + rest[tag], strict=False))[: gate.equivalence_prompts]:
-                check_equivalence(engine.target, engine.codec.encode(prompt), run.tokens, gate.epsilon, bench.equivalence[tag])
+        for tag, found in bench.equivalence.items():
+            for prompt, one in list(zip([*several, *rest], bench.runs[tag] + untimed[tag], strict=True))[: gate.equivalence_prompts]:
+                check_equivalence(engine.target, engine.codec.encode(prompt), one.tokens, gate.epsilon, found)
     return bench
 
 
-def _run(engine: EmbeddedEngine, name: str, prompt: str, tag: str, tokens: int, temperature: float, mode: str) -> Run:
+def _warm_ups(tag: str, prompts: Sequence[str]) -> int:
+    """Without a draft there is nothing to learn, and the engine is warm from the others' runs, which come first."""
+    return max(2, len(prompts) // 4) if tag != PLAIN else 0
+
+
+def _run(engine: EmbeddedEngine, name: str, prompt: str, tag: str, *, tokens: int, temperature: float, mode: str) -> Run:
     speculation = "off" if tag == PLAIN else mode
     sampling = SamplingParams(max_tokens=tokens, temperature=temperature, seed=17, ignore_eos=True)
     began = last = time.perf_counter()

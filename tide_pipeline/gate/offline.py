@@ -8,17 +8,19 @@ repeat a prompt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import GateSettings, TideConfig
-from tide_pipeline.contracts import PairedAcceptance
+from tide_pipeline.contracts import EngineBuild, PairedAcceptance, SignalWindow
 from tide_pipeline.errors import NotEnoughSignals
+from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.training.acceptance import Head, Replay, replay
-from tide_pipeline.training.data import find_windows, read_held_out
+from tide_pipeline.training.data import find_windows, held_out_windows, read_fitting
 from tide_pipeline.training.target_head import TargetHead, target_head_of
 
 SAMPLED = " (sampled)"             # suffix of a workload's windows with temperature > 0, where it also has greedy ones
@@ -29,8 +31,13 @@ Cluster = tuple[str, bool, str]    # workload, sampled or greedy, prompt digest
 def replay_acceptance(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates],
                       draft_length: int) -> dict[Cluster, Replay]:
     """Prompt by prompt, its simulated steps and, per position, how many of them accepted the drafted token."""
+    return by_prompt(replay(draft, head, states, draft_length))
+
+
+def by_prompt(replays: Iterable[Replay]) -> dict[Cluster, Replay]:
+    """Windows of one prompt, added up."""
     found: dict[Cluster, Replay] = {}
-    for one in replay(draft, head, states, draft_length):
+    for one in replays:
         cluster = one.workload, one.temperature > 0, one.prompt_digest
         found[cluster] = found[cluster] + one if cluster in found else one
     return found
@@ -38,14 +45,22 @@ def replay_acceptance(draft: Eagle3Draft, head: Head, states: Iterable[WindowSta
 
 def paired_acceptance(champion: Eagle3Draft, challenger: Eagle3Draft, head: Head, states: Sequence[WindowStates],
                       settings: GateSettings, focus_workload: str, seed: int = 0) -> PairedAcceptance:
-    """The gain on the drifted workload with its 95 % interval, and the same for every workload in `states`.
+    """`compare` of two drafts, replayed over the same windows."""
+    a, b = (replay(draft, head, states, settings.draft_length) for draft in (champion, challenger))
+    return compare(a, b, settings, focus_workload, seed)
 
-    Greedy windows count; a workload's sampled ones are listed beside them, and stand in where it has no greedy ones.
+
+def compare(champion: Iterable[Replay], challenger: Iterable[Replay], settings: GateSettings, focus_workload: str,
+            seed: int = 0) -> PairedAcceptance:
+    """The gain on the drifted workload with its 95 % interval, and the same for every other workload.
+
+    Both hold the same windows. Greedy ones count; a workload's sampled ones are listed beside them, and stand in where it has no
+    greedy ones.
 
     Raises:
         NotEnoughSignals: no held-out request of the drifted workload is long enough to hold a step.
     """
-    a, b = (replay_acceptance(draft, head, states, settings.draft_length) for draft in (champion, challenger))
+    a, b = by_prompt(champion), by_prompt(challenger)
     by_workload = {name: _compare(a, b, ids, settings.bootstrap, seed) for name, ids in sorted(_groups(a).items())}
     if focus_workload not in by_workload:
         raise NotEnoughSignals(f"no held-out request of workload {focus_workload!r} has 3 or more generated tokens "
@@ -62,8 +77,17 @@ def held_out_states(config: TideConfig, workload: str, *, focus_since: float = 0
         NotEnoughSignals, EngineMismatch: as for training.
     """
     head = target_head_of(config)
-    return head, read_held_out(find_windows(config, workload, head.digest, focus_since=focus_since), head,
-                               config.gate.windows)
+    return head, read_fitting(windows_to_judge_on(config, head, workload, focus_since), head)
+
+
+def windows_to_judge_on(config: TideConfig, head: TargetHead, workload: str, focus_since: float) -> list[SignalWindow]:
+    """Those windows as they lie in the lake now. Raises NotEnoughSignals, EngineMismatch."""
+    return held_out_windows(find_windows(config, workload, head.digest, focus_since=focus_since), config.gate.windows)
+
+
+def load_built(head: TargetHead, build: EngineBuild) -> Eagle3Draft:
+    """The draft of a build. Raises CheckpointError, EngineMismatch when it can't be loaded on this engine."""
+    return load_draft(Path(build.path) / "draft", head.shape, head.identity)
 
 
 def _groups(clusters: Iterable[Cluster]) -> dict[str, list[Cluster]]:

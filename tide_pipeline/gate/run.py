@@ -23,10 +23,11 @@ from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.errors import GateNotPassed, NotEnoughSignals
 from tide_pipeline.gate.bench import benchmark_builds, summarise
 from tide_pipeline.gate.judge import judge
-from tide_pipeline.gate.offline import held_out_states, paired_acceptance
-from tide_pipeline.models.checkpoint import load_draft
+from tide_pipeline.gate.offline import compare, held_out_states, load_built
+from tide_pipeline.gate.remembered import Remembered
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import write_json
+from tide_pipeline.training.acceptance import replay
 from tide_pipeline.training.target_head import TargetHead
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -47,10 +48,11 @@ class GateReport:
 
 
 def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild | None, *, workload: str,
-             focus_since: float = 0.0, progress: Report = lambda stage, share: None) -> GateReport:
+             focus_since: float = 0.0, replays: Path | None = None, progress: Report = lambda stage, share: None) -> GateReport:
     """Judge `challenger` against `champion` (None: against no speculation) and save the report, whatever the verdict.
 
     Windows of the workload from before `focus_since` are judged as a workload of their own: they must not lose either.
+    `replays`: where gate/remembered.py keeps what the champion does on them.
 
     Raises:
         NotEnoughSignals: no held-out requests of the workload to judge on.
@@ -60,7 +62,7 @@ def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild 
     spec = load_engine_spec(config.engine_dir)
     progress("acceptance", 0.0)
     head, states = held_out_states(config, workload, focus_since=focus_since)
-    paired = _offline(config, head, states, challenger, champion, workload)
+    paired = _offline(config, head, states, challenger, champion, workload, replays)
     prompts = bench_prompts(config, spec, states, workload)
     builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})
     bench = benchmark_builds(config.engine_dir / spec.model, spec, builds, prompts, config.gate, config.speculation,
@@ -123,14 +125,14 @@ def bench_prompts(config: TideConfig, spec: EngineSpec, states: Sequence[WindowS
 
 
 def _offline(config: TideConfig, head: TargetHead, states: Sequence[WindowStates], challenger: EngineBuild, champion: EngineBuild | None,
-             workload: str) -> PairedAcceptance:
-    new = _load(head, challenger)
-    old = _load(head, champion) if champion else _silent(new)
-    return paired_acceptance(old, new, head, states, config.gate, workload)
-
-
-def _load(head: TargetHead, build: EngineBuild) -> Eagle3Draft:
-    return load_draft(Path(build.path) / "draft", head.shape, head.identity)
+             workload: str, replays: Path | None) -> PairedAcceptance:
+    new, length = load_built(head, challenger), config.gate.draft_length
+    if champion:
+        known = Remembered.open(replays, champion.draft_digest, head.digest, length)
+        before = known.replay(load_built(head, champion), head, states)
+    else:
+        before = list(replay(_silent(new), head, states, length))
+    return compare(before, replay(new, head, states, length), config.gate, workload)
 
 
 def _silent(draft: Eagle3Draft) -> Eagle3Draft:

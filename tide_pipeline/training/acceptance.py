@@ -71,9 +71,14 @@ def accept_chances(draft: Eagle3Draft, batch: Batch, windows: Sequence[WindowSta
     sizes = [rows.stop - rows.start for rows in judged]
     ends = list(itertools.accumulate(sizes))
     chances_BTL = torch.zeros(*batch.labels_BT.shape, draft_length, dtype=torch.float64)
+    start = min(rows.start for rows in judged)
     for i in range(draft_length):
-        states_BTD = unroll.step(batch.next_ids_BT)
-        logits_NU = draft.lm_head(draft.norm(torch.cat([states_BTD[b, rows] for b, rows in enumerate(judged)])))
+        if i == 1:
+            unroll.only_from(start)
+        begin = start if i else 0
+        states_BTD = unroll.step(batch.next_ids_BT[:, begin:])
+        states_ND = torch.cat([states_BTD[b, rows.start - begin : rows.stop - begin] for b, rows in enumerate(judged)])
+        logits_NU = draft.lm_head(draft.norm(states_ND))
         found_N = (ids_U[logits_NU.argmax(-1)] == labels_N).double()
         for b, (end, size) in enumerate(zip(ends, sizes, strict=True)):
             here = slice(end - size, end)
@@ -126,12 +131,22 @@ def walk(chances_TL: Sequence[Sequence[float]], first: int, last: int, has_stopp
 
 def replay(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates], draft_length: int) -> Iterator[Replay]:
     """One Replay per window that is long enough to hold a step."""
-    walkable = (s for s in states if s.num_rows - 1 - _first(s) >= (1 if _has_stopped(s, head) else 2))
-    while chunk := list(itertools.islice(walkable, CHUNK)):
+    return (one for _, one in replay_windows(draft, head, states, draft_length))
+
+
+def replay_windows(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates],
+                   draft_length: int) -> Iterator[tuple[WindowStates, Replay]]:
+    """The same, each beside its window and in the order of `states`. Windows of like length are walked together: less is padded."""
+    walkable = [s for s in states if s.num_rows - 1 - _first(s) >= (1 if _has_stopped(s, head) else 2)]
+    by_length = sorted(range(len(walkable)), key=lambda i: walkable[i].num_rows)
+    found = dict[int, Replay]()
+    for at in range(0, len(by_length), CHUNK):
+        chunk = [walkable[i] for i in by_length[at : at + CHUNK]]
         chances_BTL = accept_chances(draft, whole(chunk).to(head.embedding_VD.device), chunk, head, draft_length).tolist()
-        for s, chances_TL in zip(chunk, chances_BTL, strict=True):
+        for i, s, chances_TL in zip(by_length[at : at + CHUNK], chunk, chances_BTL, strict=True):
             steps, by_position = walk(chances_TL, _first(s), s.num_rows - 1, _has_stopped(s, head))
-            yield Replay(s.window.prompt_digest, s.window.workload, s.window.temperature, steps, by_position, s.num_rows)
+            found[i] = Replay(s.window.prompt_digest, s.window.workload, s.window.temperature, steps, by_position, s.num_rows)
+    yield from ((s, found[i]) for i, s in enumerate(walkable))
 
 
 def acceptance_length(replays: Iterable[Replay]) -> float:

@@ -119,15 +119,25 @@ def find_windows(config: TideConfig, workload: str, engine_digest: str, shipped:
     return split
 
 
-def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
-    """States of up to `per_workload` held-out windows of each workload: the newest, but one of every prompt before a second of any."""
+def held_out_windows(split: WindowSplit, per_workload: int) -> list[SignalWindow]:
+    """Up to `per_workload` held-out windows of each workload: the newest, but one of every prompt before a second of any."""
     taken: Counter[str] = Counter()
     chosen = []
     for w in _prompts_in_turn(split.focus_held_out) + _prompts_in_turn(split.replay_held_out):
         taken[w.workload] += 1
         if taken[w.workload] <= per_workload:
             chosen.append(w)
-    found = [states for states in read_states(chosen) if not misfit(states, head)]
+    return chosen
+
+
+def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
+    """States of those windows."""
+    return read_fitting(held_out_windows(split, per_workload), head)
+
+
+def read_fitting(windows: Iterable[SignalWindow], head: TargetHead) -> list[WindowStates]:
+    """States of windows, oldest first, without those that do not fit the engine."""
+    found = [states for states in read_states(windows) if not misfit(states, head)]
     return sorted(found, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
 
 

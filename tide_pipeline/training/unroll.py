@@ -55,6 +55,12 @@ class Unroll:
         self.depth += 1
         return x
 
+    def only_from(self, row: int) -> None:
+        """After the first step: leave out the rows before `row`, whose own chains nobody reads. Their true keys stay."""
+        assert self.depth == 1
+        self.states_BTD, self.lag_BTT = self.states_BTD[:, row:], self.lag_BTT[:, row:]
+        self.cos, self.sin = self.cos[:, row:], self.sin[:, row:]
+
     def _attend(self, x_BTI: Tensor) -> Tensor:
         """Softmax over the true keys at distance >= depth and one key of each earlier step of the row's own chain."""
         heads = self.draft.shape.heads
@@ -65,15 +71,16 @@ class Unroll:
         self.keys.append(self._rotate(k))
         self.values.append(v)
         q_BKR = q.permute(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
-        scores = q_BKR @ self.keys[0].permute(0, 2, 3, 1)                                    # [B, K, G * T, T]
+        scores = q_BKR @ self.keys[0].permute(0, 2, 3, 1)                                    # [B, K, G * T, S], S = all T unless `only_from`
+        S = scores.shape[-1]
         hidden = (self.lag_BTT < self.depth).unsqueeze(1)
-        scores = scores.view(B, K, G, T, T).masked_fill(hidden.unsqueeze(1), float("-inf"))
+        scores = scores.view(B, K, G, T, S).masked_fill(hidden.unsqueeze(1), float("-inf"))
         chain = range(1, self.depth + 1)
         own = [(q * shift_rows(self.keys[i], self.depth - i).unsqueeze(3)).sum(-1).permute(0, 2, 3, 1) for i in chain]
         p = torch.cat((scores, torch.stack(own, dim=-1)), dim=-1).softmax(dim=-1) if own else scores.softmax(dim=-1)
-        o = (p[..., :T].reshape(B, K, G * T, T) @ self.values[0].transpose(1, 2)).view(B, K, G, T, E).permute(0, 3, 1, 2, 4)
+        o = (p[..., :S].reshape(B, K, G * T, S) @ self.values[0].transpose(1, 2)).view(B, K, G, T, E).permute(0, 3, 1, 2, 4)
         for i in chain:
-            o = o + p[..., T + i - 1].permute(0, 3, 1, 2).unsqueeze(-1) * shift_rows(self.values[i], self.depth - i).unsqueeze(3)
+            o = o + p[..., S + i - 1].permute(0, 3, 1, 2).unsqueeze(-1) * shift_rows(self.values[i], self.depth - i).unsqueeze(3)
         return F.linear(o.reshape(B, T, K * G * E), self.w["self_attn.o_proj"])
 
     def _feed_forward(self, x_BTD: Tensor) -> Tensor:
