@@ -71,7 +71,7 @@ class Unroll:
         self.keys.append(self._rotate(k))
         self.values.append(v)
         q_BKR = q.permute(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
-        scores = q_BKR @ self.keys[0].permute(0, 2, 3, 1)                                    # [B, K, G * T, S], S = all T unless `only_from`
+        scores = q_BKR @ self.keys[0].permute(0, 2, 3, 1)               # [B, K, G * T, S]; S is T until `only_from`
         S = scores.shape[-1]
         hidden = (self.lag_BTT < self.depth).unsqueeze(1)
         scores = scores.view(B, K, G, T, S).masked_fill(hidden.unsqueeze(1), float("-inf"))
