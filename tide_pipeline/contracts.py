@@ -345,9 +345,16 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**kwargs)
 
 
-def from_json(cls: type[T], text: str) -> T:
-    """`from_dict` of JSON text."""
-    return from_dict(cls, json.loads(text))
+def from_json(cls: type[T], text: str, **more: Any) -> T:
+    """`from_dict` of a file that another version may have written (replicas and pipeline are not upgraded at once), and of `more`.
+
+    Fields that this version does not know are left out. Raises ValueError, TypeError.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError(f"a {cls.__name__} is a JSON object, not {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    return from_dict(cls, {name: value for name, value in (values | more).items() if name in hints})
 
 
 def _revive(hint: Any, value: Any) -> Any:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tide_pipeline.contracts import Deployment
+from tide_pipeline.defs import tags
 from tide_pipeline.defs.adaptation import Adaptation
 from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.split import split, without_waiting
+from tide_pipeline.stack import stages
 
 MARKS = {"drifted": 100.0, "asked": 130.0, "begun": 133.0, "trained": 200.0, "registered": 202.0, "built": 203.5, "judged": 210.0}
 
@@ -29,6 +31,11 @@ def test_every_second_is_in_one_stage() -> None:
     found = split(MARKS, ROLLOUT, ROLLOUT[4])
     assert found == {"collect": 30.0, "start": 3.0, "train": 67.0, "register": 2.0, "build": 1.5, "gate": 6.5, "bake": 6.5, "roll out": 5.5}
     assert sum(found.values()) == ROLLOUT[4].created_at - MARKS["drifted"] and without_waiting(found) == 18.5
+
+
+def test_the_tag_that_tells_detection_is_the_one_that_the_sensor_sets() -> None:
+    """The stack's tools read runs over HTTP and must not import Dagster's definitions, nor these them."""
+    assert tags.DRIFTED_AT == stages.DRIFTED_AT
 
 
 def test_what_is_not_known_is_left_out() -> None:

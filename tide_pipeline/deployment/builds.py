@@ -12,7 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tide_pipeline.contracts import EngineBuild, from_dict
+from tide_pipeline.contracts import EngineBuild, from_json
 from tide_pipeline.errors import BuildError, DigestMismatch
 from tide_pipeline.provenance import digest_file, digest_files, write_json
 
@@ -36,7 +36,7 @@ def read_build(builds: Path, target: str, build_id: str) -> EngineBuild:
     """What build.json says; the draft's bytes are not verified. Raises BuildError."""
     folder = build_dir(builds, target, build_id)
     try:
-        return from_dict(EngineBuild, {**json.loads((folder / "build.json").read_text()), "path": str(folder)})
+        return from_json(EngineBuild, (folder / "build.json").read_text(), path=str(folder))
     except FileNotFoundError as error:
         raise _missing(build_id, target, error) from error
     except (json.JSONDecodeError, TypeError) as error:
@@ -83,5 +83,5 @@ def list_builds(builds: Path, target: str) -> list[EngineBuild]:
     """All complete builds, newest first; draft bytes are not verified here."""
     found = []
     for file in (builds / target).glob("*/build.json"):
-        found.append(from_dict(EngineBuild, {**json.loads(file.read_text()), "path": str(file.parent)}))
+        found.append(from_json(EngineBuild, file.read_text(), path=str(file.parent)))
     return sorted(found, key=lambda b: -b.created_at)
