@@ -21,6 +21,7 @@ from tide_pipeline.engine.trtllm.facts import Layout
 
 DRAFT_LENGTH, MAX_TOKENS = 3, 24
 SCHEDULES = {"from": {1: 3, 3: 2}, "up to": {2: 3, 4: 2, 8: 1}}
+DRAFT_FIELD = {"1.2": "speculative_model_dir"}
 PROMPT = list(range(1, 14))
 PROMPTS = [PROMPT, [*PROMPT, 20, 21], [5, 6], [*range(15, 60)], [*PROMPT, 20, 22, 23], [9]]
 
@@ -78,7 +79,8 @@ def watched(layout: Layout, line: str) -> Iterator[tuple[Any, list[Seen]]]:
 def complaints(layout: Layout, line: str, **arguments: Any) -> list[str]:
     """Empty when the layout reads every pass right."""
     with watched(layout, line) as (package, seen):
-        speculative = {"max_draft_len": DRAFT_LENGTH, "speculative_model": "draft", "draft_len_schedule": SCHEDULES[layout.schedule]}
+        speculative = {"max_draft_len": DRAFT_LENGTH, DRAFT_FIELD.get(line, "speculative_model"): "draft",
+                       "draft_len_schedule": SCHEDULES[layout.schedule]}
         try:
             llm = package.LLM(model="m", **{"max_batch_size": 8, "max_num_tokens": 64, "speculative_config": speculative} | arguments)
         except ValueError as error:

@@ -161,7 +161,7 @@ def test_a_mutated_tree_is_noticed_by_the_table(line: str, name: str, trees: dic
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_field_of_another_line_that_comes_back_is_noticed(line: str, trees: dict[str, Path]) -> None:
-    fact = load_table(line)["Eagle3DecodingConfig"]
+    fact = load_table(line)[load_table(line).nested["speculative_config"]]
     back = dataclasses.replace(fact, absent=(*fact.absent, "max_draft_len"))
     assert check_fact(SourceTree(trees[line]), back).wrong == ("field max_draft_len is back",)
 

@@ -15,8 +15,7 @@ from tests.trtllm_stand_in import stand_in
 from tide_pipeline import recipes
 from tide_pipeline.build import trtllm
 from tide_pipeline.config import override
-from tide_pipeline.engine.trtllm.facts import LINES
-from tide_pipeline.engine.trtllm.options import NESTED
+from tide_pipeline.engine.trtllm.facts import LINES, load_table
 from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.serve.repository import render_model_repository
 
@@ -44,7 +43,8 @@ def test_the_repository_is_the_golden_one(line: str, tmp_path: Path) -> None:
 
 def test_the_lines_differ_where_nvidia_changed_them() -> None:
     eagle = {line: yaml.safe_load((GOLDEN / line / "qwen3-8b/1/model.yaml").read_text())["speculative_config"] for line in LINES}
-    assert eagle["1.2"].keys() - eagle["1.3"].keys() == {"eagle3_one_model", "allow_advanced_sampling"}
+    assert eagle["1.2"].keys() - eagle["1.3"].keys() == {"eagle3_one_model", "allow_advanced_sampling", "speculative_model_dir"}
+    assert {line: eagle[line]["decoding_type"] for line in LINES} == {"1.2": "Eagle", "1.3": "Eagle3", "1.4": "Eagle3"}
     assert eagle["1.3"] == eagle["1.4"]
 
 
@@ -56,8 +56,10 @@ def test_a_server_that_refuses_unknown_keys_takes_the_golden_arguments(line: str
     with stand_in(line):
         from tensorrt_llm.llmapi import llm_args
 
-        nested = {name: getattr(llm_args, kind)(**arguments[name]) for name, kind in NESTED.items()}
+        kinds = load_table(line).nested
+        assert arguments["speculative_config"].pop("decoding_type") == load_table(line).names["decoding_type"]     # chooses the class
+        nested = {name: getattr(llm_args, kind)(**arguments[name]) for name, kind in kinds.items()}
         taken = llm_args.TorchLlmArgs(**{**arguments, **nested})
         assert taken.max_num_tokens == 8192 and taken.speculative_config.max_draft_len == 3
         with pytest.raises(ValueError, match="max_draft_length"):
-            llm_args.Eagle3DecodingConfig(**{**arguments["speculative_config"], "max_draft_length": 3})
+            getattr(llm_args, kinds["speculative_config"])(**{**arguments["speculative_config"], "max_draft_length": 3})

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import torch
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -103,7 +103,7 @@ def _class(table: Table, name: str, facts: list[Fact]) -> str:
         lines += [f"    {_field(field_name, value, own.kind == 'model')}" for field_name, value in own.fields.items()]
     if name == "ScheduledRequests" and own is not None:
         lines += ["    def __init__(self) -> None:", *[f"        self.{field_name} = []" for field_name in own.fields]]
-    if name == "Eagle3DecodingConfig":
+    if name == table.nested["speculative_config"]:
         lines += ["    def model_post_init(self, context: Any) -> None:", f"        metadata.check_eagle(self, {table.layout.schedule!r})"]
     methods = [_function(fact, "    ") for fact in facts if fact.kind == "function"]
     code = [_sayings(fact, "    ") for fact in facts if fact.kind == "code"]
@@ -112,6 +112,8 @@ def _class(table: Table, name: str, facts: list[Fact]) -> str:
 
 def _field(name: str, value: Field, is_model: bool) -> str:
     default = "None" if value.default == ANY else value.default
+    if (name, default) == ("decoding_type", "'Eagle'"):            # of the class, not of its objects: who gives it is refused
+        return f"{name}: ClassVar[str] = {default}"
     if value.alias:
         names = ", ".join(repr(alias) for alias in (name, *value.alias))
         return f"{name}: Any = Field(default={default}, validation_alias=AliasChoices({names}))"

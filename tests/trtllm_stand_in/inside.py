@@ -11,16 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.trtllm_stand_in.generate import write_stand_in
+from tide_pipeline.engine.trtllm.facts import Table
 
 PACKAGE = "tensorrt_llm"
 
 
 @contextlib.contextmanager
-def stand_in(line: str) -> Iterator[ModuleType]:
-    """`import tensorrt_llm` is the stand-in for a version of that line."""
+def stand_in(line: str, table: Table | None = None) -> Iterator[ModuleType]:
+    """`import tensorrt_llm` is the stand-in for a version of that line; of another table, where one is given."""
     assert not _loaded(), f"{PACKAGE} is there already: a stand-in must not hide it"
     with tempfile.TemporaryDirectory(prefix="stand-in-") as folder:
-        write_stand_in(Path(folder), line)
+        write_stand_in(Path(folder), line, table)
         sys.path.insert(0, folder)
         importlib.invalidate_caches()
         try:

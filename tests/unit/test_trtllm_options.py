@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from tests.gpu_engines import small_config, small_spec
+from tests.trtllm_stand_in import stand_in
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.engine.trtllm.facts import LINES, Fact, Field, Table, load_table
+from tide_pipeline.engine.trtllm.installed import fields_of, what_is_wrong
 from tide_pipeline.engine.trtllm.model_yaml import render_model_yaml
 from tide_pipeline.engine.trtllm.options import LATCHES, llm_arguments, translate_schedule, unverified
 from tide_pipeline.engine_spec import EngineSpec, TrtllmSettings
@@ -46,15 +48,18 @@ def test_what_every_line_gets(line: str, spec: EngineSpec, config: TideConfig) -
         "max_num_tokens": 1024, "max_seq_len": 4096, "enable_chunked_prefill": True, "stream_interval": 1, "enable_iter_perf_stats": True,
         "kv_cache_config": {"free_gpu_memory_fraction": 0.85, "enable_block_reuse": True, "dtype": "auto"},
         "cuda_graph_config": {"batch_sizes": [1, 2, 4, 8], "enable_padding": True}}
-    common = {"decoding_type": "Eagle3", "speculative_model": "/builds/draft", "max_draft_len": 3, "eagle3_layers_to_capture": [1, 5, 8]}
-    assert eagle == (common | {"eagle3_one_model": True, "allow_advanced_sampling": True} if line == "1.2" else common)
+    own: dict[str, Any] = {"decoding_type": "Eagle3", "speculative_model": "/builds/draft"}
+    if line == "1.2":
+        own = {"decoding_type": "Eagle", "speculative_model_dir": "/builds/draft"}
+        own |= {"eagle3_one_model": True, "allow_advanced_sampling": True}
+    assert eagle == {"max_draft_len": 3, "eagle3_layers_to_capture": [1, 5, 8], **own}
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_name_is_one_that_the_line_has(line: str, spec: EngineSpec, config: TideConfig) -> None:
     found = llm_arguments(spec, config, load_table(line), draft="d", worker_extension="a.B")
     nested = {"KvCacheConfig": found["kv_cache_config"], "CudaGraphConfig": found["cuda_graph_config"],
-              "Eagle3DecodingConfig": found["speculative_config"], "TorchLlmArgs": found}
+              load_table(line).nested["speculative_config"]: found["speculative_config"], "TorchLlmArgs": found}
     for name, values in nested.items():
         assert values.keys() <= load_table(line).fields(name).keys()
     assert not set(LATCHES) & json.loads(json.dumps(found["speculative_config"])).keys(), "the one-way gate stays unset"
@@ -85,9 +90,29 @@ def test_a_missing_field_is_told_with_what_to_do(model: str, field: str, spec: E
 
 
 def test_a_renamed_field_is_followed_by_its_alias(spec: EngineSpec, config: TideConfig) -> None:
+    table = without(load_table("1.3"), "Eagle3DecodingConfig", "speculative_model",
+                    speculative_model=Field("None", alias=("speculative_model_dir",)))
     installed = {"Eagle3DecodingConfig": {"decoding_type", "max_draft_len", "eagle3_layers_to_capture", "speculative_model_dir"}}
-    found = llm_arguments(spec, config, load_table("1.2"), draft="d", installed=installed)
+    found = llm_arguments(spec, config, table, draft="d", installed=installed)
     assert found["speculative_config"]["speculative_model_dir"] == "d" and "speculative_model" not in found["speculative_config"]
+
+
+def test_a_draft_finds_its_way_before_and_after_its_folder_was_renamed(spec: EngineSpec, config: TideConfig) -> None:
+    """1.2 has `speculative_model_dir`; later texts keep that as an alias. `decoding_type` is the class's, and known all the same."""
+    table, name = load_table("1.2"), "EagleDecodingConfig"
+    renamed = without(table, name, "speculative_model_dir", speculative_model=Field("None", alias=("speculative_model_dir",)))
+    for there in (table, renamed):
+        with stand_in("1.2", there):
+            from tensorrt_llm.llmapi import llm_args
+
+            installed = fields_of(table)
+            assert what_is_wrong(table, "fatal") == [] and {"decoding_type", "speculative_model_dir"} <= installed[name]
+            eagle = llm_arguments(spec, config, table, draft="d", installed=installed)["speculative_config"]
+            assert (eagle.pop("decoding_type"), eagle["speculative_model_dir"]) == ("Eagle", "d")
+            taken = getattr(llm_args, name)(**eagle)
+            assert taken.decoding_type == "Eagle" and "d" in taken.model_dump().values()
+    with stand_in("1.2", without(table, name, "speculative_model_dir")):
+        assert what_is_wrong(table, "fatal") == [f"{name}: no field speculative_model_dir"]
 
 
 def test_installed_classes_have_the_last_word(spec: EngineSpec, config: TideConfig) -> None:

@@ -143,6 +143,38 @@ def test_names_that_a_package_makes_when_they_are_asked_for(folder: Path) -> Non
         assert check_fact(SourceTree(folder), fact(public_name="tensorrt_llm")).wrong == ("tensorrt_llm does not export Child",)
 
 
+def test_names_that_come_with_a_star(folder: Path) -> None:
+    """As executor/__init__.py: `from .result import *`, and a base of LLM's results is found through it."""
+    package = folder / "tensorrt_llm"
+    (package / "llmapi" / "__init__.py").write_text("from .nothing import *\nfrom .args import *\n")
+    (package / "later.py").write_text("from .llmapi import Child\n\nclass Grandchild(Child):\n    own = 1\n")
+    grown = fact(name="Grandchild", module="tensorrt_llm.later", fields={"plain": Field("4"), "own": Field("1")})
+    assert check_fact(SourceTree(folder), grown).is_true
+    assert check_fact(SourceTree(folder), fact(public_name="tensorrt_llm.llmapi")).is_true
+    for listed, is_there in (("['Child']", True), ("['Base']", False)):
+        (package / "llmapi" / "args.py").write_text(f"__all__ = {listed}\n{ARGS}\nclass _Own: ...\n")
+        assert SourceTree(folder).exports("tensorrt_llm.llmapi", "Child") is is_there
+        assert not SourceTree(folder).exports("tensorrt_llm.llmapi", "_Own")
+    (package / "llmapi" / "args.py").write_text("from . import *\n")                           # and it ends
+    assert not SourceTree(folder).exports("tensorrt_llm.llmapi", "Child")
+
+
+def test_a_field_of_a_base_keeps_its_default_where_a_class_sets_it_on_itself(folder: Path) -> None:
+    """As EagleDecodingConfig: `self.max_draft_len = ..` in `__init__`, declared in the class of all drafts."""
+    args = folder / "tensorrt_llm" / "llmapi" / "args.py"
+    args.write_text(f"{ARGS}\n    def __init__(self, **given):\n        self.first = given['first']\n        self.new = 1\n")
+    assert check_fact(SourceTree(folder), fact(fields={"first": Field("7"), "new": Field()})).is_true
+    assert check_fact(SourceTree(folder), fact(fields={"new": Field("1")})).wrong == (
+        "new is set by code, its default can't be read; expected 1",)
+
+
+def test_an_older_name_of_a_field_is_a_name_of_it(folder: Path) -> None:
+    """As `speculative_model_dir`: a field first, then another name of `speculative_model`."""
+    assert check_fact(SourceTree(folder), fact(fields={"older": Field("None")})).is_true
+    assert check_fact(SourceTree(folder), fact(fields={"older": Field("3"), "odd": Field("3")})).wrong == (
+        "older defaults to None, expected 3", "no field odd")
+
+
 def test_a_file_that_this_python_can_not_parse_is_named(folder: Path) -> None:
     (folder / "tensorrt_llm" / "llmapi" / "args.py").write_text("x = 1\nmatch_me = = 2\n")
     with pytest.raises(SettingsError, match=r"args\.py, line 2: this Python can't parse it .* with the Python that serves it"):

@@ -18,12 +18,16 @@ from tests.trtllm_stand_in import VERSIONS, stand_in, write_stand_in
 from tide_pipeline.engine.trtllm.facts import ANY, LINES, load_table
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-SPECULATIVE = {"decoding_type": "Eagle3", "max_draft_len": 3, "speculative_model": "draft"}
 
 
 @pytest.fixture(params=LINES)
 def line(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def speculative(line: str) -> dict[str, Any]:
+    return {"max_draft_len": 3, "speculative_model_dir" if line == "1.2" else "speculative_model": "draft"}
 
 
 @pytest.fixture
@@ -48,33 +52,37 @@ def test_defaults_are_those_of_the_table(line: str, package: Any) -> None:
 
     for fact in load_table(line).facts:
         if fact.kind == "model":
-            known = getattr(llm_args, fact.name).model_fields
+            cls = getattr(llm_args, fact.name)
+            known = {name: getattr(cls, name) for name in cls.__class_vars__} | {k: v.default for k, v in cls.model_fields.items()}
             assert set(known) == set(fact.fields)
             for name, value in fact.fields.items():
                 if value.default not in (None, ANY):
-                    assert known[name].default == ast.literal_eval(value.default), name
+                    assert known[name] == ast.literal_eval(value.default), name
 
 
-def test_unknown_and_foreign_arguments_are_refused(line: str, package: Any) -> None:
+def test_unknown_and_foreign_arguments_are_refused(line: str, package: Any, speculative: dict[str, Any]) -> None:
     foreign = {"1.2": "acceptance_rate_threshold", "1.3": "eagle4", "1.4": "acceptance_window"}[line]
-    for arguments in ({"max_bach_size": 8}, {"kv_cache_config": {"fraction": 0.5}}, {"speculative_config": {**SPECULATIVE, foreign: 1}},
+    for arguments in ({"max_bach_size": 8}, {"kv_cache_config": {"fraction": 0.5}}, {"speculative_config": {**speculative, foreign: 1}},
                       {"speculative_config": {"max_draft_len": 3}}):
         with pytest.raises(ValueError, match=r"Extra inputs are not permitted|draft model must be provided"):
             package.LLM(model="m", **arguments)
 
 
-def test_the_older_name_of_the_draft_is_an_alias_on_1_2_alone(line: str, package: Any) -> None:
+def test_1_2_has_a_class_and_a_field_of_its_own_for_the_draft(line: str, package: Any) -> None:
+    """There the class itself is the decoding type: it refuses to be told."""
+    from tensorrt_llm.llmapi import llm_args
+
     older = {"max_draft_len": 3, "speculative_model_dir": "draft"}
     if line == "1.2":
-        from tensorrt_llm.llmapi import Eagle3DecodingConfig
-
-        assert Eagle3DecodingConfig(**older).speculative_model == "draft"
+        assert llm_args.EagleDecodingConfig(**older).decoding_type == "Eagle" and not hasattr(llm_args, "Eagle3DecodingConfig")
+        with pytest.raises(ValueError, match=r"decoding_type\n  Extra inputs are not permitted"):
+            llm_args.EagleDecodingConfig(**older, decoding_type="Eagle")
     else:
         with pytest.raises(ValueError, match="speculative_model_dir"):
             package.LLM(model="m", speculative_config=older)
 
 
-def test_a_stream_grows_to_the_same_answer_as_without_speculation(package: Any) -> None:
+def test_a_stream_grows_to_the_same_answer_as_without_speculation(package: Any, speculative: dict[str, Any]) -> None:
     async def stream(llm: Any) -> list[list[int]]:
         output = llm.generate_async(PROMPT, package.SamplingParams(max_tokens=20), streaming=True)
         seen = [list(it.outputs[0].token_ids) async for it in output]
@@ -82,7 +90,7 @@ def test_a_stream_grows_to_the_same_answer_as_without_speculation(package: Any) 
         assert output.avg_decoded_tokens_per_iter == pytest.approx(20 / len(seen))
         return seen
 
-    with package.LLM(model="m", speculative_config=SPECULATIVE) as llm:
+    with package.LLM(model="m", speculative_config=speculative) as llm:
         drafted = asyncio.run(stream(llm))
     with package.LLM(model="m") as llm:
         plain = asyncio.run(stream(llm))
@@ -90,8 +98,8 @@ def test_a_stream_grows_to_the_same_answer_as_without_speculation(package: Any) 
     assert drafted[-1] == plain[-1] and len(drafted) < len(plain) == 20
 
 
-def test_it_ends_at_the_end_token_or_when_it_is_told_to(package: Any) -> None:
-    with package.LLM(model="m", speculative_config=SPECULATIVE) as llm:
+def test_it_ends_at_the_end_token_or_when_it_is_told_to(package: Any, speculative: dict[str, Any]) -> None:
+    with package.LLM(model="m", speculative_config=speculative) as llm:
         whole = llm.generate_async(PROMPT, package.SamplingParams(max_tokens=12)).result(30).outputs[0].token_ids
         stopped = llm.generate_async(PROMPT, package.SamplingParams(max_tokens=12, end_id=whole[5])).result(30).outputs[0]
         assert (stopped.token_ids, stopped.finish_reason) == (whole[: whole.index(whole[5]) + 1], "stop")
@@ -102,8 +110,8 @@ def test_it_ends_at_the_end_token_or_when_it_is_told_to(package: Any) -> None:
             llm.generate_async([1] * 9000)
 
 
-def test_a_prefix_is_computed_once(package: Any) -> None:
-    with package.LLM(model="m", speculative_config=SPECULATIVE) as llm:
+def test_a_prefix_is_computed_once(package: Any, speculative: dict[str, Any]) -> None:
+    with package.LLM(model="m", speculative_config=speculative) as llm:
         from tensorrt_llm._torch.pyexecutor.model_engine import PyTorchModelEngine
 
         starts, forward = [], PyTorchModelEngine.forward
@@ -113,23 +121,23 @@ def test_a_prefix_is_computed_once(package: Any) -> None:
     assert starts == [0, 8] and answers[0] == answers[1]
 
 
-def test_the_draft_length_follows_the_function_that_is_there(line: str, package: Any) -> None:
+def test_the_draft_length_follows_the_function_that_is_there(line: str, package: Any, speculative: dict[str, Any]) -> None:
     if line == "1.2":
         pytest.skip("fixed on this line")
     from tensorrt_llm._torch.speculative import utils
 
     asked = []
     utils.get_draft_len_for_batch_size = lambda schedule, batch_size, longest: asked.append((batch_size, longest)) or 1
-    with package.LLM(model="m", speculative_config={**SPECULATIVE, "draft_len_schedule": {8: 3}}) as llm:
+    with package.LLM(model="m", speculative_config={**speculative, "draft_len_schedule": {8: 3}}) as llm:
         llm.generate_async(PROMPT, package.SamplingParams(max_tokens=6)).result(30)
         assert llm._engine.model_engine.runtime_draft_len == 1 and asked[0] == (1, 3)
 
 
-def test_statistics_of_every_pass(line: str, package: Any) -> None:
+def test_statistics_of_every_pass(line: str, package: Any, speculative: dict[str, Any]) -> None:
     async def read(llm: Any) -> list[dict[str, Any]]:
         return [entry async for entry in llm.get_stats_async(0.05)]
 
-    with package.LLM(model="m", speculative_config=SPECULATIVE, enable_iter_perf_stats=True) as llm:
+    with package.LLM(model="m", speculative_config=speculative, enable_iter_perf_stats=True) as llm:
         llm.generate_async(PROMPT, package.SamplingParams(max_tokens=20)).result(30)
         entries = asyncio.run(read(llm))
     names = load_table(line).names

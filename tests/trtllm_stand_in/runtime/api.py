@@ -14,7 +14,8 @@ from .network import Network
 from .outputs import StreamedOutput
 from .server import Executor, extensions, travelled
 
-NESTED = {"kv_cache_config": "KvCacheConfig", "cuda_graph_config": "CudaGraphConfig", "speculative_config": "Eagle3DecodingConfig"}
+NESTED = {"kv_cache_config": ["KvCacheConfig"], "cuda_graph_config": ["CudaGraphConfig"],
+          "speculative_config": ["Eagle3DecodingConfig", "EagleDecodingConfig"]}       # the first that the line has
 
 
 class Server:
@@ -23,11 +24,13 @@ class Server:
     def __init__(self, model: str, **given: Any) -> None:
         from tensorrt_llm.llmapi import llm_args
 
-        for name, kind in NESTED.items():
+        for name, kinds in NESTED.items():
             if isinstance(given.get(name), dict):
+                kind = next(kind for kind in kinds if hasattr(llm_args, kind))
                 given[name] = getattr(llm_args, kind)(**given[name])
         given.setdefault("kv_cache_config", llm_args.KvCacheConfig())
         given.setdefault("cuda_graph_config", llm_args.CudaGraphConfig())
+        given.setdefault("max_batch_size", 2048)                   # a validator of 1.2, the default of later lines
         self.args = llm_args.TorchLlmArgs(model=model, **given)
         self._ids = itertools.count(1)
         self._network = Network.of(str(model))

@@ -28,7 +28,7 @@ def prepare(metadata: Any) -> None:
 def check_eagle(config: Any, schedule_means: str) -> None:
     """What NVIDIA's validators refuse in the configuration of a draft."""
     longest, schedule = config.max_draft_len, config.draft_len_schedule
-    if not longest or config.speculative_model is None:
+    if not longest or draft_of(config) is None:
         raise ValueError("max_draft_len must be > 0 for Eagle, and a draft model must be provided")
     if schedule is None:
         return
@@ -40,6 +40,11 @@ def check_eagle(config: Any, schedule_means: str) -> None:
         raise ValueError("max_concurrency and draft_len_schedule are mutually exclusive")
     if any(key < 1 or not 0 <= value <= longest for key, value in schedule.items()):
         raise ValueError(f"draft_len_schedule: all draft lengths must be within 0 .. max_draft_len, got {schedule}")
+
+
+def draft_of(config: Any) -> Any:
+    """The folder of the draft, by either name."""
+    return config.speculative_model if hasattr(config, "speculative_model") else config.speculative_model_dir
 
 
 def draft_len_for_batch_size(schedule: dict[int, int], batch_size: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .metadata import draft_of
 from .network import Network
 from .weights import Weights
 
@@ -25,7 +26,7 @@ class PassRunner:
         self.args, self.network, self._make_dummy = args, network, make_dummy
         self.spec_config = args.speculative_config
         self.is_draft_model = False
-        self.model = Weights(self.spec_config.speculative_model if self.spec_config else None)
+        self.model = Weights(draft_of(self.spec_config) if self.spec_config else None)
         self.runtime_draft_len = self.spec_config.max_draft_len if self.spec_config else 0
         self.spec_metadata = self._make_metadata() if self.spec_config else None
         self.graph_metadata: dict[tuple[int, int], Any] = {}       # each captured graph has its own buffer

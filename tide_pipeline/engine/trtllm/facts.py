@@ -95,6 +95,12 @@ class Table:
     def __contains__(self, name: str) -> bool:
         return any(fact.name == name for fact in self.facts)
 
+    @property
+    def nested(self) -> Mapping[str, str]:
+        """Arguments of LLM that are classes of settings themselves, with the name of the class; a draft's is named by its decoding type."""
+        return {"kv_cache_config": "KvCacheConfig", "cuda_graph_config": "CudaGraphConfig",
+                "speculative_config": f"{self.names['decoding_type']}DecodingConfig"}
+
     def fields(self, name: str) -> Mapping[str, Field]:
         return self[name].fields
 

@@ -41,10 +41,8 @@ def fields_of(table: Table) -> dict[str, frozenset[str]]:
     found = {}
     for fact in table.facts:
         if fact.kind == "model":
-            known = getattr(symbol(fact), "model_fields", None)
-            if known:
-                found[fact.name] = frozenset(known) | {a for f in known.values() for a in _aliases(f)}
-    return found
+            found[fact.name] = _names(symbol(fact))
+    return {name: names for name, names in found.items() if names}
 
 
 def what_is_wrong(table: Table, loss: Loss) -> list[str]:
@@ -61,7 +59,7 @@ def _wrong(fact: Fact) -> Iterator[str]:
     if fact.kind == "function":
         yield from _wrong_function(fact, found)
     elif fact.kind in ("class", "model"):
-        there = getattr(found, "model_fields", None) or getattr(found, "__dataclass_fields__", None)
+        there = _names(found)
         if there:                                      # of other classes `__init__` sets what there is: the sources tell (source_check)
             yield from (f"no field {name}" for name, field in fact.fields.items() if not field.optional and name not in there)
 
@@ -90,6 +88,12 @@ def _parameters(signature: str) -> list[str]:
     assert isinstance(definition, ast.FunctionDef)
     a = definition.args
     return [p.arg for p in (*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs)]
+
+
+def _names(found: Any) -> frozenset[str]:
+    """Fields of a class of settings or of data, by all their names, and what pydantic keeps on the class; empty for other classes."""
+    fields = getattr(found, "model_fields", None) or getattr(found, "__dataclass_fields__", None) or {}
+    return frozenset({*fields, *(alias for field in fields.values() for alias in _aliases(field)), *getattr(found, "__class_vars__", ())})
 
 
 def _aliases(field: Any) -> Iterator[str]:

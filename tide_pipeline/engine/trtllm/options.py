@@ -19,7 +19,6 @@ from tide_pipeline.engine_spec import EngineSpec
 from tide_pipeline.errors import SettingsError
 
 LATCHES = ("acceptance_window", "acceptance_length_threshold", "acceptance_rate_window_size", "acceptance_rate_threshold")
-NESTED = {"kv_cache_config": "KvCacheConfig", "cuda_graph_config": "CudaGraphConfig", "speculative_config": "Eagle3DecodingConfig"}
 Installed = Mapping[str, Collection[str]]
 
 
@@ -104,14 +103,15 @@ def _graphs(config: TideConfig, table: Table, installed: Installed | None) -> di
 
 def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: Installed | None, draft: str,
                  schedule: Mapping[int, int] | None, max_concurrency: int | None) -> dict[str, Any]:
-    eagle, longest = _Class("Eagle3DecodingConfig", table, installed), draft_length(spec, config)
+    name, longest = table.nested["speculative_config"], draft_length(spec, config)
+    eagle, listed = _Class(name, table, installed), table.fields(name)
     eagle["decoding_type"] = table.names["decoding_type"]
-    eagle["speculative_model"] = draft
+    eagle["speculative_model_dir" if "speculative_model_dir" in listed else "speculative_model"] = draft
     eagle["max_draft_len"] = schedule[min(schedule)] if schedule else longest      # a schedule must begin with it
     eagle["eagle3_layers_to_capture"] = list(spec.capture_layers)
     if "eagle3_one_model" in eagle:
         eagle["eagle3_one_model"] = True           # the two-model path has no buffer that capture could read
-    if "allow_advanced_sampling" in eagle and not table.fields("Eagle3DecodingConfig")["allow_advanced_sampling"].optional:
+    if "allow_advanced_sampling" in eagle and not listed["allow_advanced_sampling"].optional:
         eagle["allow_advanced_sampling"] = True    # without it such a version decodes every request greedily
     if schedule is not None and max_concurrency is not None:
         raise SettingsError("a draft length schedule and max_concurrency exclude each other in TensorRT-LLM: leave out one of them")
@@ -127,13 +127,13 @@ def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: 
 
 def unverified(spec: EngineSpec, table: Table) -> list[str]:
     """Names in [trtllm.extra] that our table does not have: the server itself will judge them when it starts."""
-    return [key for name, value in _flat(spec.trtllm.extra) for key in value if key not in table.fields(name)]
+    return [key for name, value in _flat(spec.trtllm.extra, table) for key in value if key not in table.fields(name)]
 
 
 def _with_extra(arguments: dict[str, Any], extra: Mapping[str, Any], table: Table, installed: Installed | None) -> dict[str, Any]:
     """[trtllm.extra] on top, one level deep; what the rest of engine.toml decides can't be set twice."""
-    for name, values in _flat(extra):
-        nested = {cls: field for field, cls in NESTED.items()}.get(name)
+    for name, values in _flat(extra, table):
+        nested = {cls: field for field, cls in table.nested.items()}.get(name)
         place = arguments.setdefault(nested, {}) if nested else arguments
         known = _Class(name, table, installed)
         for key, value in values.items():
@@ -144,10 +144,10 @@ def _with_extra(arguments: dict[str, Any], extra: Mapping[str, Any], table: Tabl
     return arguments
 
 
-def _flat(extra: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _flat(extra: Mapping[str, Any], table: Table) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """By class: LLM's own arguments first."""
-    yield "TorchLlmArgs", {key: value for key, value in extra.items() if key not in NESTED}
-    for key, cls in NESTED.items():
+    yield "TorchLlmArgs", {key: value for key, value in extra.items() if key not in table.nested}
+    for key, cls in table.nested.items():
         if isinstance(extra.get(key), Mapping):
             yield cls, extra[key]
 

@@ -24,7 +24,7 @@ from tide_pipeline.engine.trtllm.capture import PassTap
 from tide_pipeline.engine.trtllm.feed import Feed
 from tide_pipeline.engine.trtllm.installed import fields_of, installed_table, package, symbol, what_is_wrong
 from tide_pipeline.engine.trtllm.length_override import LengthOverride
-from tide_pipeline.engine.trtllm.options import NESTED, draft_length, llm_arguments
+from tide_pipeline.engine.trtllm.options import draft_length, llm_arguments
 from tide_pipeline.engine.trtllm.remote import RemotePasses
 from tide_pipeline.engine.trtllm.schedule import StepTimes, length_at
 from tide_pipeline.engine.trtllm.schedule_file import fitting, read_schedule
@@ -86,11 +86,16 @@ class Server:
         arguments = llm_arguments(self._spec, self._config, self.table, draft=draft, model=str(self._config.engine_dir / self._spec.model),
                                   schedule=self.schedule or None, worker_extension=WORKER if self._is_remote else None,
                                   installed=fields_of(self.table))
-        self._llm = package().LLM(**{name: symbol(self.table[NESTED[name]])(**value) if name in NESTED else value
-                                     for name, value in arguments.items()})
+        self._llm = package().LLM(**{name: self._settings(name, value) for name, value in arguments.items()})
         self.is_up = True
         if is_captured:
             self._begin_capture(feed)
+
+    def _settings(self, name: str, value: Any) -> Any:
+        """As one of NVIDIA's classes where it is one: `decoding_type` then is said by the class, which in 1.2 refuses to be told."""
+        if name not in self.table.nested:
+            return value
+        return symbol(self.table[self.table.nested[name]])(**{key: given for key, given in value.items() if key != "decoding_type"})
 
     def generate(self, prompt: list[int], sampling: Mapping[str, Any]) -> Any:
         """On the thread of the event loop that will wait for it."""

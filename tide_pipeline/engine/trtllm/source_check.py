@@ -87,7 +87,8 @@ def _class(tree: SourceTree, fact: Fact) -> Iterator[str]:
     if found is None or not isinstance(found[1], ast.ClassDef):
         yield f"{fact.module} has no class {fact.name}"
         return
-    fields = tree.fields(fact.module, fact.name)
+    own = tree.fields(fact.module, fact.name)
+    fields = {alias: found for found in own.values() for alias in found.alias} | own
     for name, expected in fact.fields.items():
         if name in fields:
             yield from _field(name, expected, fields[name])
