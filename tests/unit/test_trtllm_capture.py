@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tests.unit.test_taps import HeldCopier
 from tide_pipeline.contracts import EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine.memory import RING_SLOTS
-from tide_pipeline.engine.trtllm.capture import DUMMY, Batch, Prepared, arrange, read_batch
+from tide_pipeline.engine.trtllm.capture import DUMMY, Batch, PassTap, Prepared, arrange, read_batch
+from tide_pipeline.engine.trtllm.facts import load_table
 from tide_pipeline.engine.trtllm.in_place import load_draft
 from tide_pipeline.engine.trtllm.layout import Context, Forward
 from tide_pipeline.engine.trtllm.sampling import Totals, sampling_arguments, totals
@@ -79,6 +80,33 @@ def test_rows_in_another_order_are_no_layout_of_ours(ids: tuple[int, ...]) -> No
     batch = Batch({2_001: Context(1, 0, (0,), True)}, {2_003: 3})
     with pytest.raises(ValueError, match="not in the order"):
         arrange(batch, Prepared(None, ids, 2))
+
+
+class Ear:
+    """Hears why capture ended."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def on_pass(self, forward: Forward, shipment: Shipment, began: float) -> None:
+        raise AssertionError("an empty pass is nobody's")
+
+    def on_broken(self, why: str) -> None:
+        self.broken.append(why)
+
+
+def test_a_pass_goes_through_whatever_the_server_calls_its_batch() -> None:
+    def original(engine: Any, batch: Any, resources: Any = None) -> tuple[Any, Any]:
+        return batch, resources
+
+    ear = Ear()
+    tap = PassTap(load_table("1.4"), Shipper(4, 2, 3, CPU), ear, 3)
+    forward, empty = tap._around_forward(original), SimpleNamespace(context_requests=[], generation_requests=[])
+    tap.is_on = True
+    assert forward(None, empty, 1) == forward(None, empty, resources=1) == forward(None, resources=1, batch=empty) == (empty, 1)
+    assert tap.is_on and not ear.broken
+    assert forward(None, batch="packed", resources=1) == ("packed", 1)         # not ours to read: capture ends, the pass does not
+    assert not tap.is_on and len(ear.broken) == 1 and tap.faults == 1
 
 
 # --- a draft put in place ----------------------------------------------------------------------------------------

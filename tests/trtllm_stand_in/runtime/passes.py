@@ -42,15 +42,20 @@ class PassRunner:
             layers_to_capture=spec.eagle3_layers_to_capture)
 
     def draft_length(self, batch_size: int) -> int:
-        """Asked for every pass, through the module: replacing the function there takes effect, as it does in NVIDIA's code."""
+        """Asked for every pass, through the module: replacing the function there takes effect, as it does in NVIDIA's code.
+
+        The newest also give a floor, which is 0 where the draft's cache is filled without drafting.
+        """
         if self.spec_config is None:
             return 0
         schedule = self.spec_config.draft_len_schedule
         if schedule is None or "runtime_draft_len" not in type(self.spec_metadata).__dataclass_fields__:
             return int(self.spec_config.max_draft_len)
         from tensorrt_llm._torch.speculative import utils
+        from tensorrt_llm.version import __version__
 
-        return int(utils.get_draft_len_for_batch_size(schedule, batch_size, self.spec_config.max_draft_len))
+        floor = {"min_draft_len": 0} if __version__.startswith("1.4") else {}
+        return int(utils.get_draft_len_for_batch_size(schedule, batch_size, self.spec_config.max_draft_len, **floor))
 
     def run(self, scheduled: Any) -> dict[str, Any]:
         self.runtime_draft_len = k = self.draft_length(len(scheduled.requests))

@@ -11,6 +11,7 @@ Decoding is layout.py's, copying is shipment.py's. Has not been run on a GPU, no
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,12 +99,12 @@ class PassTap:
 
     def _around_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def forward(engine: Any, scheduled_requests: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.is_on or getattr(engine, "is_draft_model", False):
-                return original(engine, scheduled_requests, *args, **kwargs)
+                return original(engine, *args, **kwargs)
             began, self._prepared = time.perf_counter(), None
-            batch = self._guard(lambda: read_batch(scheduled_requests))
-            outputs = original(engine, scheduled_requests, *args, **kwargs)
+            batch = self._guard(lambda: read_batch(args[0] if args else _first_named(original, kwargs)))
+            outputs = original(engine, *args, **kwargs)
             if batch is not None and (batch.contexts or batch.generations):
                 self._guard(lambda: self._on_return(batch, outputs, began))
             return outputs
@@ -156,6 +157,11 @@ def arrange(batch: Batch, prepared: Prepared) -> Forward:
     while generations and generations[-1] == DUMMY:
         generations.pop()
     return Forward(tuple(batch.contexts[i] for i in ids[:num_contexts]), tuple(generations), prepared.draft_length)
+
+
+def _first_named(method: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """What a method gets first, its name being another in every line."""
+    return given[list(inspect.signature(method).parameters)[1]]
 
 
 def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
