@@ -65,8 +65,7 @@ class SourceTree:
 
     def exports(self, module: str, name: str) -> bool:
         """Whether `from module import name` finds something, as far as the text tells."""
-        tree = self.module(module)
-        return tree is not None and any(found(tree, name) for found in (_define, _imported, _other_name, _made_when_asked))
+        return _says(self.module(module), name) or self._starred(module, name) is not None
 
     def find(self, module: str, name: str) -> tuple[str, ast.ClassDef | Function] | None:
         """A class or function of a module, or where the module takes it from: (module of the definition, definition)."""
@@ -80,8 +79,22 @@ class SourceTree:
                 module, name = self._absolute(module, origin), _original(origin, name)
             elif (other := _other_name(tree, name)) is not None:
                 name = other
+            elif (starred := self._starred(module, name)) is not None:
+                module = starred
             else:
                 return None
+        return None
+
+    def _starred(self, module: str, name: str, passed: frozenset[str] = frozenset()) -> str | None:
+        """The module from which `from .. import *` brings the name."""
+        tree = self.module(module)
+        for node in _statements(tree.body) if tree is not None and not name.startswith("_") else ():
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                origin = self._absolute(module, node)
+                there = self.module(origin)
+                if origin not in passed and _gives(there, name) and (
+                        _says(there, name) or self._starred(origin, name, passed | {module, origin})):
+                    return origin
         return None
 
     def _absolute(self, module: str, origin: ast.ImportFrom) -> str:
@@ -108,9 +121,11 @@ class SourceTree:
     def fields(self, module: str, name: str) -> dict[str, FoundField]:
         """Fields, properties and attributes set on `self`, those of the bases included."""
         found: dict[str, FoundField] = {}
-        for _, definition in self.lineage(module, name):
-            for key, value in fields_of(definition).items():
-                found.setdefault(key, value)
+        lineage = [definition for _, definition in self.lineage(module, name)]
+        for part in (_declared_in, _set_in):                       # what `__init__` sets may be declared by a base, with its default
+            for definition in lineage:
+                for key, value in part(definition).items():
+                    found.setdefault(key, value)
         return found
 
     def function(self, module: str, name: str) -> tuple[ast.ClassDef | None, Function] | None:
@@ -126,19 +141,20 @@ class SourceTree:
         return None
 
 
-def fields_of(definition: ast.ClassDef) -> dict[str, FoundField]:
+def _declared_in(definition: ast.ClassDef) -> dict[str, FoundField]:
     found: dict[str, FoundField] = {}
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = _declared(node.value)
         elif isinstance(node, ast.Assign):
             found |= {target.id: _declared(node.value) for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, Function):
-            if any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list):
-                found.setdefault(node.name, FoundField(is_known=False))
-            for name in _set_on_self(node):
-                found.setdefault(name, FoundField(is_known=False))
+        elif isinstance(node, Function) and any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list):
+            found.setdefault(node.name, FoundField(is_known=False))
     return found
+
+
+def _set_in(definition: ast.ClassDef) -> dict[str, FoundField]:
+    return {name: FoundField(is_known=False) for node in definition.body if isinstance(node, Function) for name in _set_on_self(node)}
 
 
 def _declared(value: ast.expr | None) -> FoundField:
@@ -184,6 +200,17 @@ def _other_name(tree: ast.Module, name: str) -> str | None:
     """`Name = Other`: how a class that was renamed keeps its old name."""
     return next((node.value.id for node in _statements(tree.body) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
                  and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)), None)
+
+
+def _says(tree: ast.Module | None, name: str) -> bool:
+    return tree is not None and any(found(tree, name) for found in (_define, _imported, _other_name, _made_when_asked))
+
+
+def _gives(tree: ast.Module | None, name: str) -> bool:
+    """Whether a module's `__all__`, where it is written out, has the name."""
+    listed = [node.value for node in (tree.body if tree else ()) if isinstance(node, ast.Assign)
+              and isinstance(node.value, ast.List | ast.Tuple) and any(ast.unparse(target) == "__all__" for target in node.targets)]
+    return not listed or any(isinstance(item, ast.Constant) and item.value == name for item in listed[0].elts)
 
 
 def _made_when_asked(tree: ast.Module, name: str) -> bool:
