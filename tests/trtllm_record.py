@@ -18,7 +18,7 @@ def fingerprint(fact: Fact | Layout) -> str:
     """Of all that is checked; the words about it don't count."""
     told = repr(fact) if isinstance(fact, Layout) else repr(
         (fact.name, fact.kind, fact.module, fact.public_name, sorted(fact.fields.items()), fact.absent, fact.signature, fact.returns,
-         fact.contains))
+         fact.contains, *(fingerprint(other) for other in fact.others)))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

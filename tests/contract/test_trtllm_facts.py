@@ -64,6 +64,7 @@ def test_a_version_finds_the_table_of_its_line() -> None:
     (('signature = "(self, timeout=2)"', 'signature = "(self, timeout=2"'), "LLM.get_stats_async"),
     (('line = "1.3"', 'line = "1.2"'), "says line = '1.2'"),
     (("optional = true }", "optinal = true }"), "optinal"),
+    (('name = "Eagle3OneModelWorker._forward_impl"', 'named = "_forward_impl"'), "unexpected keyword argument 'named'"),
 ])
 def test_a_table_that_is_written_wrong_is_refused(change: tuple[str, str], message: str) -> None:
     text = (FOLDER / "1.3.toml").read_text()
@@ -157,6 +158,23 @@ def test_a_mutated_tree_is_noticed_by_the_table(line: str, name: str, trees: dic
     assert unseen == []
     file.write_text(text_of[fact.module])
     assert check_fact(SourceTree(tmp_path), fact).is_true
+
+
+OTHERS = [pytest.param(line, fact.name, i, id=f"{line}-{fact.name}-{i}")
+          for line in LINES for fact in load_table(line).facts for i in range(len(fact.others))]
+
+
+@pytest.mark.parametrize(("line", "name", "i"), OTHERS)
+def test_how_another_release_has_it_is_held_to_as_strictly(line: str, name: str, i: int, tmp_path: Path) -> None:
+    """The tree is generated from one of the `or`s. Of all the forms of the fact only that one is true of it, and only unchanged."""
+    table = load_table(line)
+    fact, other = table[name], table[name].others[i]
+    write_stand_in(tmp_path, line, dataclasses.replace(table, facts=tuple(other if f.name == name else f for f in table.facts)))
+    tree = SourceTree(tmp_path)
+    assert check_fact(tree, fact).is_true and not check_fact(tree, dataclasses.replace(fact, others=())).is_true
+    changed = [(why, dataclasses.replace(fact, others=(*fact.others[:i], mutant, *fact.others[i + 1:]))) for why, mutant in mutants(other)]
+    assert changed and [why for why, mutant in changed if check_fact(tree, mutant).is_true] == []
+    assert all(fingerprint(mutant) != fingerprint(fact) for _, mutant in changed)
 
 
 @pytest.mark.parametrize("line", LINES)

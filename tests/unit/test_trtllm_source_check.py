@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from tide_pipeline.engine.trtllm.facts import Fact, Field
+from tide_pipeline.engine.trtllm.facts import Fact, Field, load_table
+from tide_pipeline.engine.trtllm.installed import what_is_wrong
 from tide_pipeline.engine.trtllm.source_check import check_fact, check_installed, check_source
 from tide_pipeline.engine.trtllm.source_tree import SourceTree
 from tide_pipeline.errors import SettingsError
@@ -130,6 +132,23 @@ def test_a_class_that_was_renamed_is_found_under_its_old_name(folder: Path) -> N
     assert check_fact(tree, fact(name="Anything")).wrong == ("tensorrt_llm.llmapi.args has no class Anything",)
     args.write_text(args.read_text().replace("Older = Child", "Older = Older"))
     assert not check_fact(SourceTree(folder), fact(name="Older")).is_true                      # and it ends
+
+
+def test_what_one_release_says_or_another(folder: Path) -> None:
+    early = fact(name="Child.run", kind="function", contains=("self.count + 2",), signature="(self, batch)")
+    assert not check_fact(SourceTree(folder), early).is_true
+    late = dataclasses.replace(early, contains=("self.count + 1",))
+    assert check_fact(SourceTree(folder), dataclasses.replace(early, others=(late,))).is_true
+    wrong = dataclasses.replace(late, name="Child.walk")
+    assert check_fact(SourceTree(folder), dataclasses.replace(early, others=(wrong,))).wrong == ("nowhere does it say self.count + 2",)
+
+
+def test_the_installed_package_may_be_one_release_or_another() -> None:
+    early = fact(name="dump", kind="function", module="json", loss="capture", signature="(self, obj)")
+    late = dataclasses.replace(early, signature="(obj, fp)")
+    for others, wrong in (((), 1), ((late,), 0), ((dataclasses.replace(late, name="dumped"),), 1)):
+        table = dataclasses.replace(load_table("1.3"), facts=(dataclasses.replace(early, others=others),))
+        assert len(what_is_wrong(table, "capture")) == wrong
 
 
 def test_names_that_a_package_makes_when_they_are_asked_for(folder: Path) -> None:

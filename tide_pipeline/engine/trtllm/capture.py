@@ -1,6 +1,6 @@
 """The one private mechanism: what a forward pass of TensorRT-LLM leaves behind is copied away before the next one runs.
 
-    prepare() of the spec metadata      tells which buffer the coming pass writes (each CUDA graph has its own), and whose rows it has
+    prepare() of the spec metadata      tells which buffer the coming pass writes (a CUDA graph's own, or one of all), and whose rows it has
     forward() of the model engine       on return the states are in that buffer, the tokens in its result, all on the caller's stream
 
 Both are wrapped in their classes. Nothing of the server is changed, and its own errors pass through. It fails open: at the first thing

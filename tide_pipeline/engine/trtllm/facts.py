@@ -44,6 +44,9 @@ class Fact:
     class     fields or attributes that must be there
     function  `signature`: parameters by place, name and default; `returns`: keys of a dict that it returns; `contains`: expressions in it
     code      no symbol of its own: expressions in the module (`contains`)
+
+    A line is years of release candidates. `others` is the same fact as others of them have it (`[[fact.or]]`: the entries that differ); one
+    of them has to be true.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Fact:
     returns: tuple[str, ...] = ()
     contains: tuple[str, ...] = ()
     public_name: str | None = None     # where we import it from, when that is not `module`
+    others: tuple[Fact, ...] = ()
 
     @property
     def import_from(self) -> str:
@@ -133,6 +137,8 @@ def parse(text: str, line: str) -> Table:
 
 def _fact(raw: dict[str, Any], line: str) -> Fact:
     where = f"facts/{line}.toml, {raw.get('name')}"
+    others = raw.pop("or", ())
+    raw = {**raw, "others": tuple(_fact({**raw, **other}, line) for other in others)}
     raw = {**raw, "fields": {name: _field(value, where) for name, value in raw.get("fields", {}).items()}}
     for name in ("absent", "returns", "contains"):
         raw[name] = tuple(raw.get(name, ()))

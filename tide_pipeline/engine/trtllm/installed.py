@@ -47,7 +47,8 @@ def fields_of(table: Table) -> dict[str, frozenset[str]]:
 
 def what_is_wrong(table: Table, loss: Loss) -> list[str]:
     """One sentence for each fact whose absence costs `loss`, and which does not hold."""
-    return [f"{fact.name}: {wrong}" for fact in table.facts if fact.loss == loss for wrong in _wrong(fact)]
+    return [f"{fact.name}: {wrong}" for fact in table.facts if fact.loss == loss
+            and not any(not list(_wrong(other)) for other in fact.others) for wrong in _wrong(fact)]
 
 
 def _wrong(fact: Fact) -> Iterator[str]:

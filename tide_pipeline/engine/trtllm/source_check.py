@@ -64,7 +64,8 @@ def check_installed() -> SourceReport | None:
 
 
 def check_fact(tree: SourceTree, fact: Fact) -> Checked:
-    return Checked(fact, tuple(_wrong(tree, fact)))
+    wrong = tuple(_wrong(tree, fact))
+    return Checked(fact, () if any(check_fact(tree, other).is_true for other in fact.others) else wrong)
 
 
 def _wrong(tree: SourceTree, fact: Fact) -> Iterator[str]:
