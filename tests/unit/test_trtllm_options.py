@@ -146,13 +146,9 @@ def test_schedules_that_would_hurt_are_refused(schedule: dict[int, int], message
         llm_arguments(spec, config, load_table("1.3"), draft="d", schedule=schedule)
 
 
-def test_two_controls_of_the_length_exclude_each_other(spec: EngineSpec, config: TideConfig) -> None:
-    with pytest.raises(SettingsError, match="exclude each other"):
-        llm_arguments(spec, config, load_table("1.3"), draft="d", schedule={8: 3}, max_concurrency=4)
-    assert llm_arguments(spec, config, load_table("1.4"), draft="d", max_concurrency=4)["speculative_config"]["max_concurrency"] == 4
-    for control in ({"schedule": {8: 3}}, {"max_concurrency": 4}):
-        with pytest.raises(SettingsError, match=r"1\.2 can't change the draft length.*plain replicas"):
-            llm_arguments(spec, config, load_table("1.2"), draft="d", **control)  # type: ignore[arg-type]
+def test_a_line_without_control_of_the_length_says_what_to_do(spec: EngineSpec, config: TideConfig) -> None:
+    with pytest.raises(SettingsError, match=r"1\.2 can't change the draft length.*plain replicas"):
+        llm_arguments(spec, config, load_table("1.2"), draft="d", schedule={8: 3})
 
 
 def test_extra_arguments_go_through_where_nothing_contradicts(spec: EngineSpec, config: TideConfig) -> None:

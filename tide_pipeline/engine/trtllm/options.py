@@ -23,15 +23,14 @@ Installed = Mapping[str, Collection[str]]
 
 
 def llm_arguments(spec: EngineSpec, config: TideConfig, table: Table, *, draft: str | None, model: str | None = None,
-                  schedule: Mapping[int, int] | None = None, max_concurrency: int | None = None,
-                  worker_extension: str | None = None, installed: Installed | None = None) -> dict[str, Any]:
+                  schedule: Mapping[int, int] | None = None, worker_extension: str | None = None,
+                  installed: Installed | None = None) -> dict[str, Any]:
     """What LLM is built with.
 
     Args:
         draft: folder of the draft; None serves without speculation, and so without capture.
         model: folder of a snapshot; None is the hub's, at the pinned revision.
         schedule: draft length by the largest batch it is for, such as {4: 4, 16: 2, 64: 1}; in every version in these terms.
-        max_concurrency: speculate up to this batch size only; not together with a schedule.
         worker_extension: "package.module.Class" for capture behind Ray.
         installed: fields of the installed classes by class name; they are believed where they differ from the table.
 
@@ -57,7 +56,7 @@ def llm_arguments(spec: EngineSpec, config: TideConfig, table: Table, *, draft: 
     if worker_extension:
         top["ray_worker_extension_cls"] = worker_extension
     if draft is not None:
-        top["speculative_config"] = _speculation(spec, config, table, installed, draft, schedule, max_concurrency)
+        top["speculative_config"] = _speculation(spec, config, table, installed, draft, schedule)
     return _with_extra(top.values, own.extra, table, installed)
 
 
@@ -102,7 +101,7 @@ def _graphs(config: TideConfig, table: Table, installed: Installed | None) -> di
 
 
 def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: Installed | None, draft: str,
-                 schedule: Mapping[int, int] | None, max_concurrency: int | None) -> dict[str, Any]:
+                 schedule: Mapping[int, int] | None) -> dict[str, Any]:
     name, longest = table.nested["speculative_config"], draft_length(spec, config)
     eagle, listed = _Class(name, table, installed), table.fields(name)
     eagle["decoding_type"] = table.names["decoding_type"]
@@ -113,15 +112,11 @@ def _speculation(spec: EngineSpec, config: TideConfig, table: Table, installed: 
         eagle["eagle3_one_model"] = True           # the two-model path has no buffer that capture could read
     if "allow_advanced_sampling" in eagle and not listed["allow_advanced_sampling"].optional:
         eagle["allow_advanced_sampling"] = True    # without it such a version decodes every request greedily
-    if schedule is not None and max_concurrency is not None:
-        raise SettingsError("a draft length schedule and max_concurrency exclude each other in TensorRT-LLM: leave out one of them")
-    if (schedule is not None or max_concurrency is not None) and not table.names["one_model_length_control"]:
+    if schedule is not None and not table.names["one_model_length_control"]:
         raise SettingsError(f"TensorRT-LLM {table.line} can't change the draft length by batch size where capture works (one-model "
                             "EAGLE-3): run speculative and plain replicas behind the front, or use 1.3 or later")
     if schedule is not None:
         eagle["draft_len_schedule"] = translate_schedule(schedule, table.layout.schedule, longest, config.serve.max_batch)
-    if max_concurrency is not None:
-        eagle["max_concurrency"] = max_concurrency
     return eagle.values
 
 
