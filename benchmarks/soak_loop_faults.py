@@ -34,13 +34,14 @@ class Injected:
     """One fault that was carried out. Times are Unix seconds."""
 
     fault: Fault
+    turn: int                      # in which it happened
     at: float
     killed: list[int]
     back_at: float = 0.0
     started_by: str = "its parent"
 
     def as_dict(self, began: float) -> dict[str, Any]:
-        return {"role": self.fault.name, "turn": self.fault.shift, "at_s": round(self.at - began, 1), "processes": len(self.killed),
+        return {"role": self.fault.name, "turn": self.turn, "at_s": round(self.at - began, 1), "processes": len(self.killed),
                 "back_after_s": round(self.back_at - self.at, 1) if self.back_at else None, "started_by": self.started_by}
 
 
@@ -56,15 +57,15 @@ class Faults:
         self.state: StatePaths = self.stack.state
         self.stack_id = self.stack.record.stack_id
         self._dead_since: dict[str, float] = {}
-        self._trainer_since: dict[int, float] = {}
+        self._trainer_since: dict[str, float] = {}
 
     def tick(self, turn: int, elapsed_s: float) -> None:
-        for fault in [f for f in self.waiting if f.shift == turn and self._is_due(f, elapsed_s)]:
+        for fault in [f for f in self.waiting if self._is_due(f, turn, elapsed_s)]:
             at = time.time()
             killed = [pid for role in fault.roles for pid in inject.kill(self.stack_id, role, every=True)]
             if killed:
                 self.waiting.remove(fault)
-                self.done.append(Injected(fault, at, killed))
+                self.done.append(Injected(fault, turn, at, killed))
         self._start_what_stays_dead()
         for one in self.done:
             if not one.back_at and time.time() - one.at < BACK_WITHIN_S and self._is_back(one):
@@ -74,12 +75,12 @@ class Faults:
         """Whether something killed is not back yet."""
         return any(not one.back_at and time.time() - one.at < BACK_WITHIN_S for one in self.done)
 
-    def _is_due(self, fault: Fault, elapsed_s: float) -> bool:
+    def _is_due(self, fault: Fault, turn: int, elapsed_s: float) -> bool:
         if not fault.training:
-            return elapsed_s >= fault.after_s
-        if inject.processes(self.stack_id, "trainer"):
-            return time.time() - self._trainer_since.setdefault(fault.shift, time.time()) >= fault.after_s
-        self._trainer_since.pop(fault.shift, None)
+            return turn == fault.shift and elapsed_s >= fault.after_s
+        if turn >= fault.shift and inject.processes(self.stack_id, "trainer"):
+            return time.time() - self._trainer_since.setdefault(fault.name, time.time()) >= fault.after_s
+        self._trainer_since.pop(fault.name, None)
         return False
 
     def _start_what_stays_dead(self) -> None:

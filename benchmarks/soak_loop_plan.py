@@ -18,7 +18,10 @@ class Shift:
 
 @dataclass(frozen=True)
 class Fault:
-    """SIGKILL to every process of these roles (inject.py), so many seconds into a shift; `training`: since there is a trainer in it."""
+    """SIGKILL to every process of these roles (inject.py), so many seconds into a shift.
+
+    `training`: into the first training in that shift or a later one; whether a shift needs one is not known before.
+    """
 
     roles: tuple[str, ...]
     shift: int                         # its place in the plan

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import inject
 import pytest
-from soak_loop_faults import Injected
+from soak_loop_faults import Faults, Injected
 from soak_loop_judge import Adaptation, Turn, excused, expected_refusal, medians, missed, outcome, requests, stages
 from soak_loop_plan import Bars, Fault, Plan, Shift, full, quick
 from soak_loop_traffic import Lost, Tally, Traffic
@@ -85,9 +85,9 @@ def test_stages_add_up() -> None:
     assert medians([clean, clean, faulty]) == {"total": 10.0} and medians([faulty]) == {}
 
 
-ENGINE = Injected(Fault(("engine",), 1, 0.0), at=50.0, killed=[1], back_at=60.0)
-FRONT = Injected(Fault(("front",), 1, 0.0), at=50.0, killed=[3], back_at=60.0)
-MLFLOW = Injected(Fault(("mlflow", "mlflow_worker"), 1, 0.0), at=50.0, killed=[2], back_at=60.0)
+ENGINE = Injected(Fault(("engine",), 1, 0.0), turn=1, at=50.0, killed=[1], back_at=60.0)
+FRONT = Injected(Fault(("front",), 1, 0.0), turn=1, at=50.0, killed=[3], back_at=60.0)
+MLFLOW = Injected(Fault(("mlflow", "mlflow_worker"), 1, 0.0), turn=1, at=50.0, killed=[2], back_at=60.0)
 
 
 def test_which_requests_may_be_lost() -> None:
@@ -139,6 +139,18 @@ def test_disk_that_grows_is_told() -> None:
     assert unbounded(disk(looks([1.0] * 3, [1.0, 751.0, 10.0]), BARS, 0.5, 1)) == ["signals"]
     grown = [*looks([1.0], [1.0]), Sample(3600.0, {}, {"signals": 1.0, "builds": 900.0, "logs": 400.0})]
     assert unbounded(disk(grown, BARS, 0.5, 4)) == ["drafts", "rest"]
+
+
+def test_a_training_that_comes_later_than_planned_is_killed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a shift needs a training is not known before: twice the run worker was to die in one that needed none."""
+    training: list[int] = []
+    monkeypatch.setattr(inject, "processes", lambda stack_id, role: training)
+    faults = Faults.__new__(Faults)
+    faults.stack_id, faults._trainer_since = "s", {}
+    late, other = Fault(("run_worker",), 3, 0.0, training=True), Fault(("engine",), 3, 10.0)
+    assert not faults._is_due(late, 3, 100.0) and faults._is_due(other, 3, 100.0) and not faults._is_due(other, 4, 100.0)
+    training.append(1)
+    assert not faults._is_due(late, 2, 100.0) and faults._is_due(late, 4, 5.0)
 
 
 @pytest.mark.parametrize("plan", [full(), quick()])
