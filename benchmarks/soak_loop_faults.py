@@ -79,7 +79,8 @@ class Faults:
         if not fault.training:
             return turn == fault.shift and elapsed_s >= fault.after_s
         if turn >= fault.shift and inject.processes(self.stack_id, "trainer"):
-            return time.time() - self._trainer_since.setdefault(fault.name, time.time()) >= fault.after_s
+            since = self._trainer_since.setdefault(fault.name, time.time())
+            return time.time() - since >= fault.after_s
         self._trainer_since.pop(fault.name, None)
         return False
 
