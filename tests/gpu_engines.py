@@ -20,7 +20,10 @@ ENGINE: dict[str, Any] = {
     "architecture": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
                      "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 8192, "rope_theta": 1e4, "rms_norm_eps": 1e-5},
     "draft": {"repo": "owner/small-eagle3", "revision": "f" * 40, "vocab_size": 100}}
+BASE: dict[str, Any] = {
+    "stack": {"start_timeout_s": 900.0}, "rollout": {"heartbeat_s": 1e3, "serve_timeout_s": 1.2e3, "bake_s": 1.2e3, "max_bake_s": 3.6e3}}
 RECIPES: dict[str, Any] = {
+    "base": BASE,
     "serve": {"h100": {"serve": {"gpu": "h100", "max_batch": 8, "prefill_chunk": 1024}}},
     "train": {"a10": {"training": {"gpu": "a10", "window_rows": 256}}, "v100": {"training": {"gpu": "v100", "autocast": False}}}}
 

@@ -275,9 +275,9 @@ def test_nothing_of_a_prompt_is_logged(replica: TritonReplica, client: TritonCli
 
 # --- the supervisor ----------------------------------------------------------------------------------------------
 
-def supervise(place: Place, state_file: Path) -> subprocess.Popen[str]:
+def supervise(place: Place, state_file: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "tide_pipeline.serve.supervisor", "--config", str(place.config_file),
-                             "--state-file", str(state_file)], stderr=subprocess.PIPE, text=True)
+                             "--state-file", str(state_file), *words], stderr=subprocess.PIPE, text=True)
 
 
 def regions_of(triton_pid: int) -> list[Path]:

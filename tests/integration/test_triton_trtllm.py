@@ -47,11 +47,13 @@ from tide_pipeline.engine.text import TextCodec
 from tide_pipeline.errors import InvalidRequest
 from tide_pipeline.rollout.promote import promote
 from tide_pipeline.serve.client import TritonClient
+from tide_pipeline.serve.front.replicas import ReplicaSpec, read_replicas, write_replicas
 from tide_pipeline.serve.process import group_members
 from tide_pipeline.serve.triton import TritonReplica
 
 SERVE = {"serve": {"gpu": "h100", "max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2},
          "capture": {"mode": "on", "flush_s": 0.2}, "rollout": {"bake_s": 1.0, "min_bake_steps": 10, "max_bake_s": 240.0}}
+ADDRESSES = ("http_url", "grpc_url", "metrics_url")
 
 
 @pytest.fixture(scope="module")
@@ -131,23 +133,26 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
     place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
     first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
     place.deploy({"*": first.build_id})
-    supervisor, done, failures, versions = supervise(place, file), threading.Event(), list[Exception](), list[str]()
+    replicas = tmp_path / "replicas.json"
+    write_replicas(replicas, [ReplicaSpec("replica-0", "http://127.0.0.1:1")])
+    supervisor = supervise(place, file, "--replicas-file", str(replicas))
+    done, failures, versions = threading.Event(), list[Exception](), list[str]()
 
     def load() -> None:
-        """As behind a front: to where the replica is now."""
+        """As a front does: to where the replica is now."""
         number = 0
         while not done.is_set():
             number += 1
             try:
                 request = GenerationRequest(f"load-{number}", "hello world", ask("", "", max_tokens=24, ignore_eos=True).sampling)
-                result = TritonClient(state_of(file)["http_url"], "tiny").generate(request)
+                result = TritonClient(read_replicas(replicas)[0].url, "tiny").generate(request)
                 assert result.num_output_tokens == 24
                 versions.append(result.draft_version)
             except Exception as error:
                 failures.append(error)
 
     try:
-        until(lambda: state_of(file).get("state") == "ready", 240)
+        until(lambda: read_replicas(replicas)[0].url == state_of(file).get("http_url"), 240)
         before = state_of(file)
         worker = threading.Thread(target=load)
         worker.start()
@@ -168,9 +173,10 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
         supervisor.communicate()
 
 
-def test_restarted_in_its_place_there_are_never_two_servers(tmp_path: Path, on_path: None) -> None:
-    """serve.draft_swap = "restart", for GPUs that hold one: the old server is gone before the new one starts."""
-    place = write_trtllm_place(tmp_path, "1.3", {**SERVE, "serve": {**SERVE["serve"], "draft_swap": "restart"}})
+@pytest.mark.parametrize("draft_swap", ["restart", "blue_green"])
+def test_restarted_in_its_place_there_are_never_two_servers(draft_swap: str, tmp_path: Path, on_path: None) -> None:
+    """"restart", for GPUs that hold one; "blue_green" where no replicas file is given, as in Compose: the addresses stay as they are."""
+    place = write_trtllm_place(tmp_path, "1.3", {**SERVE, "serve": {**SERVE["serve"], "draft_swap": draft_swap}})
     file = tmp_path / "supervisor.json"
     first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
     place.deploy({"*": first.build_id})
@@ -187,11 +193,13 @@ def test_restarted_in_its_place_there_are_never_two_servers(tmp_path: Path, on_p
         after = state_of(file)
         assert most == 1 and (after["state"], after["successions"], after["restarts"]) == ("ready", 1, 0)
         assert after["triton_pid"] != before["triton_pid"] and not group_members(before["triton_pid"])
-        assert TritonClient(after["http_url"], "tiny").generate(ask("new", "hello", max_tokens=5)).draft_version == "v2-two"
+        assert [after[name] for name in ADDRESSES] == [before[name] for name in ADDRESSES]
+        assert TritonClient(before["http_url"], "tiny").generate(ask("new", "hello", max_tokens=5)).draft_version == "v2-two"
     finally:
         supervisor.terminate()
         supervisor.wait(60)
-        supervisor.communicate()
+        _, said = supervisor.communicate()
+    assert said.count("blue_green needs --replicas-file, to tell the front of another address") == (draft_swap == "blue_green")
 
 
 def servers_under(parent: int) -> list[int]:
@@ -211,7 +219,7 @@ def test_a_successor_that_does_not_load_leaves_the_old_server(tmp_path: Path, on
     place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
     first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
     place.deploy({"*": first.build_id})
-    supervisor = supervise(place, file)
+    supervisor = supervise(place, file, "--replicas-file", str(tmp_path / "replicas.json"))       # not written yet
     try:
         until(lambda: state_of(file).get("state") == "ready", 240)
         before = state_of(file)
@@ -223,6 +231,27 @@ def test_a_successor_that_does_not_load_leaves_the_old_server(tmp_path: Path, on
         result = TritonClient(after["http_url"], "tiny").generate(ask("still", "hello", max_tokens=5, ignore_eos=True))
         assert result.draft_version == "v1-one"
         assert read_observed(place.config.state.observed, "tiny")["replica-0"].needs_restart == 2
+    finally:
+        supervisor.terminate()
+        supervisor.wait(60)
+        supervisor.communicate()
+
+
+def test_a_successor_in_its_place_that_does_not_load_is_started_again(tmp_path: Path, on_path: None) -> None:
+    place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
+    place.deploy({"*": place.build("v1-one").build_id})
+    second, tokenizer = place.build("v2-two", noise=0.3, seed=3), place.config.engine_dir / "target" / "tokenizer.json"
+    supervisor = supervise(place, file)
+    try:
+        until(lambda: state_of(file).get("state") == "ready", 240)
+        before, good = state_of(file), tokenizer.read_text()
+        tokenizer.write_text("{")
+        place.deploy({"*": second.build_id})
+        until(lambda: state_of(file).get("restarts", 0) >= 1, 240)
+        tokenizer.write_text(good)
+        until(lambda: state_of(file).get("state") == "ready", 240)
+        assert state_of(file)["http_url"] == before["http_url"]
+        assert TritonClient(before["http_url"], "tiny").generate(ask("new", "hello", max_tokens=5)).draft_version == "v2-two"
     finally:
         supervisor.terminate()
         supervisor.wait(60)

@@ -8,16 +8,20 @@ import re
 import stat
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.compose import Compose, altered, interpolated, lint, load, profiles, texts
 from tide_pipeline import recipes
+from tide_pipeline.cli import app
 from tide_pipeline.cli.app import hoist, parse_value
-from tide_pipeline.config import merge, project_root
+from tide_pipeline.config import TideConfig, merge, parse, project_root
 from tide_pipeline.serve.front.replicas import read_replicas
 from tide_pipeline.stack.local import PORTS
 
@@ -126,6 +130,20 @@ def test_the_gpu_settings_are_ours(compose: Compose) -> None:
     buckets = re.findall(r"--bucket (\S+)", " ".join(compose["services"]["init-serving"]["command"]))
     artifacts, = (word for word in compose["services"]["mlflow"]["command"] if word.startswith("--artifacts-destination"))
     assert buckets == [config.lake.split("/")[2], artifacts.split("/")[2]]
+
+
+def test_the_quickstart_makes_settings_for_a_large_target_of_its_recipe() -> None:
+    """The command of the page: the recipe's values, with the devices, ports and places of the containers."""
+    line, = re.findall(r"^ *\.venv/bin/tide (config .+) > \S+$", (project_root() / "docs" / "gpu-quickstart.md").read_text(), re.M)
+    words = [str(project_root() / word) if word.startswith("docker/") else word for word in line.split()]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    config, ours = parse(TideConfig, tomllib.loads(done.stdout)), recipes.load(file=project_root() / "docker" / "settings.gpu.toml")
+    recipe = recipes.load(words[words.index("--recipe") + 1])
+    assert (config.engine, config.training.draft_vocab_size) == (recipe.engine, 0) and config.rollout == recipe.rollout
+    assert config.training == replace(recipe.training, device="cuda") and config.serve == recipe.serve and config.stack == ours.stack
+    assert (config.engines_dir, config.state_dir, config.lake) == (ours.engines_dir, ours.state_dir, ours.lake)
+    assert ours.stack.start_timeout_s < config.rollout.heartbeat_s
 
 
 def test_the_secrets_script_writes_what_compose_asks_for(compose: Compose, tmp_path: Path) -> None:

@@ -114,6 +114,14 @@ def test_every_alert_that_was_asked_for_is_there_and_tested() -> None:
     assert all(name in tests for name in names)
 
 
+def test_both_ways_of_losing_capture_are_told() -> None:
+    """The sink's, and the TensorRT-LLM adapter's, which serves on without its taps."""
+    alert, = (rule["expr"] for rule in rules() if rule["alert"] == "CaptureFailedOpen")
+    told = [{name for name, _ in selectors_of(text.replace("$target", "t").replace("$replica", "r"))} for text in (alert, *expressions())]
+    assert all(any(metric in names for names in told[1:]) and metric in told[0]
+               for metric in ("tide_sink_errors_total", "tide_capture_faults_total"))
+
+
 @pytest.mark.parametrize("text", sorted(set(expressions())))
 def test_the_dashboard_asks_for_what_is_published(text: str) -> None:
     assert wrong_in(text.replace("$target", "t").replace("$replica", "r")) == []

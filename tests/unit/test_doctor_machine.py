@@ -60,7 +60,9 @@ def test_two_gpus_as_they_should_be() -> None:
 @pytest.mark.parametrize(("text", "config", "torch_sees", "name", "state", "said"), [
     (two(driver="570.12"), CUDA, 2, "gpu: driver", "warn", "older than 580"),
     (two(used=90_000), CUDA, 2, "gpu: 0", "warn", "87.9 GiB in use"),
-    ("0, Tesla T4, 580.1, 15360, 0, 7.5\n", CPU, 1, "gpu: 0", "fail", "no bf16"),
+    ("0, Tesla V100-SXM2-32GB, 580.1, 32768, 0, 7.0\n", CPU, 1, "gpu: 0", "warn", "no bf16: can train in fp32, can't serve"),
+    ("0, Tesla T4, 580.1, 15360, 0, 7.5\n", CPU, 1, "gpu: 0", "warn", "no bf16: can train in fp32, can't serve"),
+    ("0, Tesla P100-PCIE-16GB, 580.1, 16384, 0, 6.0\n", CPU, 1, "gpu: 0", "fail", "too old"),
     (two(), CUDA, 0, "gpu: torch", "fail", "sees none"),
     (two(), CPU, 0, "gpu: torch", "warn", "sees none"),
     (two(), CUDA, 1, "gpu: settings", "fail", "cuda:1"),

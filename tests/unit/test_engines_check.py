@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.gpu_engines import ENGINE, RECIPES, small_spec, write_gpu_draft, write_gpu_engine
+from tests.gpu_engines import BASE, ENGINE, RECIPES, small_spec, write_gpu_draft, write_gpu_engine
 from tide_pipeline import recipes
 from tide_pipeline.build.check import check_engine, list_engines
 from tide_pipeline.build.snapshots import starting_draft
@@ -104,6 +104,29 @@ def test_faults_of_recipes(tables: Mapping[str, Any], check: str, message: str, 
     found = faults(write_gpu_engine(tmp_path / "engines", recipes=tables))
     with pytest.raises(SettingsError, match=message):
         raise SettingsError(found[check])
+
+
+@pytest.mark.parametrize(("base", "message"), [
+    ({}, r"stack\.start_timeout_s = 180: .*set it to 600 or more"),
+    ({"stack": {"start_timeout_s": 900.0}, "rollout": {"serve_timeout_s": 900.0, "bake_s": 1e3, "max_bake_s": 2e3}},
+     r"heartbeat_s = 10, rollout\.serve_timeout_s = 900: .*above 900 s"),
+    ({"stack": {"start_timeout_s": 900.0}}, r"serve_timeout_s = 120, rollout\.bake_s = 6, .*max_bake_s = 60: .*back, or kept without"),
+    ({**BASE, "rollout": {**BASE["rollout"], "max_bake_s": BASE["rollout"]["bake_s"]}}, r"max_bake_s = 1200 .* above rollout\.bake_s")])
+def test_times_that_are_over_before_a_server_has_started(base: Mapping[str, Any], message: str, tmp_path: Path) -> None:
+    found = faults(write_gpu_engine(tmp_path / "engines", recipes={**RECIPES, "base": base}))
+    with pytest.raises(SettingsError, match=message):
+        raise SettingsError(found["times h100"])
+
+
+@pytest.mark.parametrize("engine", [name for name in SHIPPED if name != "pocket"])
+def test_shipped_engines_allow_a_server_half_an_hour_to_start(engine: str) -> None:
+    """And its cache leaves no room for a second server beside it."""
+    for gpu in recipes.gpu_tables(ENGINES / engine)["serve"]:
+        config = recipes.load(f"{engine}/{gpu}")
+        rollout, start_s = config.rollout, config.stack.start_timeout_s
+        assert start_s >= 1_800 and min(rollout.heartbeat_s, rollout.serve_timeout_s, rollout.bake_s) > start_s
+        assert rollout.max_bake_s > 2 * rollout.bake_s and config.serve.draft_swap == "restart"
+    assert "times h100" in {finding.check for finding in check_engine(ENGINES / engine) if finding.passed}
 
 
 def test_what_older_cards_can_not_serve(tmp_path: Path) -> None:

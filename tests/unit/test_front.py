@@ -118,6 +118,8 @@ async def test_bad_bodies_and_closed_paths_never_reach_a_replica(folder: Path) -
         for path in ("/v2/repository/index", "/v2/repository/models/tiny/unload", "/v2/systemsharedmemory/status", "/v2/trace/setting",
                      "/v2/cudasharedmemory/region/x/register", "/v2/models/tiny/trace/setting", "/v2/logging"):
             assert [(await ask(front, path))[0], (await ask(front, path, {}))[0]] == [403, 403]
+        for path in ("/v2/models/tiny/infer", "/v2/models/tiny/versions/1/infer"):      # tensors as they are: nobody here reads those
+            assert (await ask(front, path, {"inputs": []}))[0] == 404, path
         for path in ("/", "/metrics", "/v2/%72epository/index", "//v2/repository/index", "/v2/models/../repository/index", "/v2/x/y", "*"):
             assert (await client.ask(path))[0] == 404, path
         assert (await client.ask("http://x/v2/repository/index"))[0] == 403

@@ -7,13 +7,14 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tide_pipeline import recipes
-from tide_pipeline.config import TideConfig, load_toml, override
+from tide_pipeline.config import TideConfig, load_toml, override, project_root
 from tide_pipeline.errors import PortInUse, StackError
 from tide_pipeline.stack import local, record, services
 from tide_pipeline.stack.local import LocalStack, down
@@ -187,3 +188,22 @@ def test_further_replicas_have_settings_and_ports_of_their_own(config: TideConfi
         assert found.stack.front_port == place.config.stack.front_port, "the rest is the stack's"
         service = services.replica(place, name, starter._settings_of(name))
         assert service.name == name.replace("-", "_") and service.command[service.command.index("--replica") + 1] == name
+
+
+def test_make_clean_stops_every_stack_of_the_checkout(config: TideConfig, sleeping_mlflow: None, tmp_path: Path) -> None:
+    """That of `tide up`, and that of `make demo DEMO_ARGS=--keep` beside it; the Makefile is run elsewhere, where it may delete."""
+    tide, checkout = Path(sys.executable).with_name("tide"), tmp_path / "checkout"
+    (checkout / "venv" / "bin").mkdir(parents=True)
+    (checkout / "venv" / "bin" / "tide").symlink_to(tide)
+    (checkout / "Makefile").write_text((project_root() / "Makefile").read_text())
+    stacks = [LocalStack.up(override(config, {"state_dir": str(checkout / place)}), parts=("mlflow",)) for place in (".tide", ".tide/demo")]
+    try:
+        done = subprocess.run(["make", "clean", "VENV=venv"], cwd=checkout, capture_output=True, text=True, timeout=240,
+                              env={**os.environ, "PYTHONPATH": str(project_root())})
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [find(ref) for stack in stacks for ref in stack.record.processes] == [None, None]
+        assert sorted(path.name for path in checkout.iterdir()) == ["Makefile"] and tide.exists()
+    finally:
+        for stack in stacks:
+            record.save(stack.state, stack.record)         # where it was deleted
+            stack.down()

@@ -4,7 +4,8 @@
 
 A server whose engine can't change its draft while it runs (TensorRT-LLM) says so in its observed state, and gets a successor: started
 beside it, made known to the front through the replicas file, then the old one drains (serve.draft_swap = "blue_green"; needs memory for
-two); or started in its place ("restart"), while other replicas serve. A successor that does not get ready changes nothing.
+two); or started in its place, on its ports ("restart", and whatever is set where no replicas file is given, as in Compose: whoever asks a
+fixed address would not find another). A successor beside that does not get ready changes nothing; one in its place is started again.
 
 Its state file (JSON, replaced whole) tells pids, addresses, restarts and what it is doing. Exit codes: 0 stopped, 2 could not start.
 """
@@ -28,7 +29,7 @@ from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.front.change import change_replicas
 from tide_pipeline.serve.front.replicas import READ_S
 from tide_pipeline.serve.process import next_pause_s
-from tide_pipeline.serve.triton import TritonReplica
+from tide_pipeline.serve.triton import Ports, TritonReplica
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class ReplicaSupervisor:
         if not self._stop.is_set():
             self.state.error = f"tritonserver ended with code {self._replica.returncode()}"
             log.error("%s, see %s", self.state.error, self._replica.log)
-            self._replica.clean_up()
+            self._replica.stop()                       # also one that was never started
         return ready
 
     def _wanted(self) -> int:
@@ -125,10 +126,14 @@ class ReplicaSupervisor:
 
     def _succeed(self, wanted: int) -> None:
         """A new server for that deployment."""
-        log.info("deployment %d needs a new server (%s)", wanted, self._config.serve.draft_swap)
-        old, beside = self._replica, self._config.serve.draft_swap != "restart"
-        stack = replace(self._config.stack, triton_http_port=0, triton_grpc_port=0, triton_metrics_port=0)
-        new = TritonReplica(replace(self._config, stack=stack) if beside else self._config, self._config_file, replica=old.replica)
+        old, swap = self._replica, self._config.serve.draft_swap
+        beside = swap != "restart" and self._replicas_file is not None
+        why = f" ({swap} needs --replicas-file, to tell the front of another address)" if not beside and swap != "restart" else ""
+        log.info("deployment %d needs a new server, %s the old one%s", wanted, "beside" if beside else "in place of", why)
+        assert old.ports is not None, "it has been ready"
+        ports = Ports(0, 0, 0) if beside else old.ports
+        stack = replace(self._config.stack, triton_http_port=ports.http, triton_grpc_port=ports.grpc, triton_metrics_port=ports.metrics)
+        new = TritonReplica(replace(self._config, stack=stack), self._config_file, replica=old.replica)
         if not beside:
             old.stop()
         try:
@@ -138,9 +143,10 @@ class ReplicaSupervisor:
             self._tell(self.state.state, str(error))
             log.error("no successor for deployment %d: %s", wanted, error)
             ready = False
-        if beside and not ready:
+        if not ready:
             new.stop()
-            return
+            if beside:
+                return
         self._replica = new                        # one that replaces it in its place and does not get ready is started again by `run`
         self.state.successions += 1
         self._tell("ready" if ready else "restarting")
@@ -188,7 +194,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="settings, as recipes.freeze writes them")
     parser.add_argument("--state-file", type=Path, required=True, help="where to tell pids, addresses and restarts (JSON)")
     parser.add_argument("--replica", default="", help="name in the deployment record (default: serve.replica)")
-    parser.add_argument("--replicas-file", type=Path, help="the front's: its entry of this replica follows a server that takes over")
+    parser.add_argument("--replicas-file", type=Path, help="the front's: its entry of this replica follows a server that takes over; "
+                                                           "without it a successor gets the ports of the old server")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:

@@ -2,7 +2,7 @@
 
     python -m tide_pipeline.serve.front --replicas FILE --state-file FILE [--host 127.0.0.1] [--port 0] [--body-bytes N ...]
 
-    /v2/models/...           metadata, config, stats, generate, generate_stream, infer: to the least busy ready replica
+    /v2/models/...           metadata, config, stats, generate, generate_stream: to the least busy ready replica
     /v2/health/ready         200 while at least one replica takes requests
     /front/status            JSON: replicas, what is in flight, served, refused (see Front.status)
 

@@ -23,7 +23,7 @@ NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 MODEL = rf"/v2/models/{NAME}(?:/versions/[0-9]+)?"
 OWN = re.compile(r"/front/status|/v2/health/live|/v2/health/ready")
 READS = re.compile(rf"/v2|/v2/models/stats|{MODEL}(?:/ready|/config|/stats)?")
-RUNS = re.compile(rf"{MODEL}/(generate|generate_stream|infer)")
+RUNS = re.compile(rf"{MODEL}/(generate|generate_stream)")
 CLOSED = re.compile(r"/v2/(?:repository|systemsharedmemory|cudasharedmemory|trace|logging)(?:/.*)?|/v2/models/.*/trace/setting")
 
 
@@ -101,8 +101,6 @@ class Visit:
         body = await self._read_body(request)
         if runs is None:
             return Job(request)
-        if runs[1] == "infer":
-            return Job(request, body)
         checked = check_generate(body, streams=runs[1] == "generate_stream", received_at=time.time())
         return Job(request, checked.body, checked.request_id, checked.deadline_s)
 

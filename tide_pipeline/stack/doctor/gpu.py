@@ -14,7 +14,8 @@ from tide_pipeline.stack.doctor.finding import Finding
 
 FIELDS = ("index", "name", "driver_version", "memory.total", "memory.used", "compute_cap")
 NEEDED_DRIVER = 580                # of CUDA 13, which the NGC containers of docker/serve.Dockerfile carry
-NEEDED_COMPUTE = (8, 0)            # bf16
+BF16_COMPUTE = (8, 0)              # Ampere: what serving needs
+OLDEST_COMPUTE = (7, 0)            # Volta: trains a draft in fp32, as [train.v100] of engines/*/recipes.toml
 BUSY_SHARE = 0.05                  # of a GPU's memory, used before we start
 
 
@@ -85,8 +86,11 @@ def _driver(version: str) -> Finding:
 def _card(gpu: Gpu) -> Finding:
     name = f"gpu: {gpu.index}"
     told = f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB, compute capability {gpu.compute[0]}.{gpu.compute[1]}"
-    if gpu.compute < NEEDED_COMPUTE:
-        return Finding(name, "fail", f"{told}: no bf16", "use a GPU of the A100's generation or later")
+    if gpu.compute < OLDEST_COMPUTE:
+        return Finding(name, "fail", f"{told}: too old", "serve on an A100's generation or later, train on a V100's or later")
+    if gpu.compute < BF16_COMPUTE:
+        return Finding(name, "warn", f"{told}: no bf16: can train in fp32, can't serve",
+                       "train on it with training.autocast = false and a torch that was built for it (CUDA 13 has no Volta any more)")
     if gpu.used_mib > BUSY_SHARE * gpu.memory_mib:
         return Finding(name, "warn", f"{told}, {gpu.used_mib / 1024:.1f} GiB in use",
                        "see who uses it: `nvidia-smi`; an engine takes what is free")
