@@ -101,6 +101,7 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     run = instance.get_run_by_id(failed.run_id)
     assert run is not None and run.tags.items() >= {"tide/target": config.target, "tide/workload": "code", "tide/reason": "acceptance fell",
                                                     "tide/since": "2026-01-01T00:00:00Z"}.items()
+    assert "dagster/max_runtime" not in run.tags, "by steps there is no budget of time"
     assert draft.tags["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in draft.tags
     birth = json.loads((config.state.training / failed.run_id / "draft" / "provenance.json").read_text())
     assert birth["captured_since"] == "2026-01-01T00:00:00Z" and "captured_until" not in birth
@@ -140,10 +141,11 @@ def test_observe_deploys_nothing_and_propose_waits_for_a_click(config: TideConfi
     before, build = record.latest(), open_registry(config).list()[-1].draft_version
     assert before is not None
     for mode, stage in (("observe", before.stage), ("propose", "proposed")):
-        done = rolled_out(override(config, {"rollout": {"mode": mode}}), instance)
+        done, passed = rolled_out(override(config, {"rollout": {"mode": mode}}), instance)
         latest = record.latest()
         made = [event.asset_key.to_user_string() for event in done.get_asset_materialization_events()]
         assert done.success and made == ["benchmark_report"]
+        assert load_build(config.state.builds, config.target, passed).draft_version == build, "the drift sensor reads it there"
         assert latest is not None and latest.stage == stage and latest.groups["rest"] == before.groups["rest"]
     assert load_build(config.state.builds, config.target, latest.groups["canary"]["*"]).draft_version == build
     with FakeReplica(config, "replica-0", workload="code"):
@@ -185,11 +187,16 @@ def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, inst
     assert latest is not None and (latest.who, latest.stage) == ("rollout sensor", "stable")
 
 
-def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
-    """Gate and rollout of the first adaptation once more, with these settings."""
+def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> tuple[dg.ExecuteInProcessResult, str]:
+    """Gate and rollout of the first adaptation once more, with these settings; and the build that its run is tagged with."""
     recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
     root = min(instance.get_run_records(), key=lambda record: record.create_timestamp).dagster_run.run_id
-    return job().execute_in_process(asset_selection=[dg.AssetKey("benchmark_report"), dg.AssetKey("live_draft")], run_id=root)
+    steps = [dg.AssetKey("benchmark_report"), dg.AssetKey("live_draft")]
+    with dg.DagsterInstance.ephemeral() as other:              # a run id is taken once
+        done = job().execute_in_process(asset_selection=steps, run_id=root, instance=other)
+        run = other.get_run_by_id(root)
+        assert run is not None
+        return done, run.tags["tide/passed"]
 
 
 def looked(instance: dg.DagsterInstance) -> dg.SensorResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,22 @@ import pytest
 
 from tests.fakes_capture import SLOW, FakeEngine
 from tide_pipeline import recipes
+from tide_pipeline.capture import index
 from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.capture.store import Stored
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings, TideConfig, override
-from tide_pipeline.contracts import AcceptanceRow
+from tide_pipeline.contracts import AcceptanceRow, Deployment, EngineBuild, SignalWindow
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.budget import hours_spent
 from tide_pipeline.defs.drift_sensor import drift_sensor
 from tide_pipeline.defs.episodes import Episode, Memory
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.defs.resources import TideResource
+from tide_pipeline.defs.tags import PASSED
+from tide_pipeline.deployment.builds import build_dir, save_build
+from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.rollout.history import PAUSED, PINNED, STABLE, held, opened, restored
 
 SETTINGS = {"engine": "pocket", "stack": {"sensor_interval_s": 0},
             "drift": {"recent_s": 20.0, "min_steps": 100, "min_signal_rows": 60, "cooldown_s": 60.0, "max_attempts": 2}}
@@ -179,6 +187,36 @@ def test_attempts_cool_down_and_end(bench: Bench) -> None:
     assert "all 2 attempts of episode 1 are used" in why(bench.tick())
 
 
+def test_an_episode_that_only_waits_reads_no_signals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture goes on collecting for as long as acceptance is low, for days after the last attempt."""
+    bench.drift()
+    bench.collect(6)
+    assert bench.tick().run_requests
+    opened = opened_shards(monkeypatch)
+    assert "cooling down" in why(bench.tick())
+    _later(bench)
+    assert bench.tick().run_requests and opened
+    _later(bench)
+    opened = opened_shards(monkeypatch)
+    assert "all 2 attempts" in why(bench.tick()) and opened == []
+
+
+def test_signals_are_counted_no_further_than_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.drift()
+    for _ in range(4):
+        bench.collect(6)
+    bench.tick()                                               # observes the last hour, which reads all of it
+    bench.cursor = Memory(observed_at=time.time()).to_cursor()
+    opened = opened_shards(monkeypatch)
+    assert bench.tick().run_requests and len(opened) == 1, "the newest shard has 78 rows"
+    bench.cursor = Memory(observed_at=time.time()).to_cursor()
+    few = {"training": {"max_windows": 1}, "drift": {"min_signal_rows": 300}}
+    recipes.freeze(override(bench.config, few), Path(bench.tide.config_file))
+    monkeypatch.setattr("tide_pipeline.training.data.LOOK_THROUGH", 12)
+    opened = opened_shards(monkeypatch)
+    assert "only 156 of 300 signal rows" in why(bench.tick()) and len(opened) == 2, "training looks through twelve windows"
+
+
 def test_the_cool_down_counts_from_the_end_of_a_run(bench: Bench) -> None:
     bench.drift()
     bench.collect(6)
@@ -244,6 +282,145 @@ def test_what_does_not_pay_is_left(bench: Bench) -> None:
     bench.collect(6)
     recipes.freeze(override(bench.config, {"drift": {"pay_back_s": 0.01}}), Path(bench.tide.config_file))
     assert re.search(r"code: drifted, but not worth it: [\d,]+ tokens of training in .*, at \d+\.\d tokens/s more", why(bench.tick()))
+
+
+# --- a draft that passed the gate and nobody deploys ---------------------------------------------------------------
+
+def test_a_draft_that_passed_is_not_trained_again_while_nobody_deploys_it(bench: Bench) -> None:
+    """rollout.mode is observe, the default: what passed the gate is left where it is, and the old draft still counts as drifted."""
+    _passed(bench)
+    said = why(bench.tick())
+    assert "code: drifted, and build b1 passed the gate, but rollout.mode is observe: deploy it with `tide rollout b1`" in said
+    shutil.rmtree(build_dir(bench.config.state.builds, "pocket", "b1"))
+    assert bench.tick().run_requests, "maintenance removed it: nothing is left to deploy"
+
+
+def test_what_another_workload_or_an_earlier_drift_has_waiting_is_no_reason(bench: Bench) -> None:
+    _build(bench, "b1")
+    bench.run(dg.DagsterRunStatus.SUCCESS, target="pocket", workload="prose", passed="b1")
+    _passed(bench, "b2")                                       # launched: prose's build is no reason to wait
+    memory = Memory.from_cursor(bench.cursor)
+    again = {"code": dataclasses.replace(memory.episodes["code"], since=time.time())}
+    bench.cursor = dataclasses.replace(memory, episodes=again).to_cursor()
+    assert "code: drifted, but only 0 of 60 signal rows" in why(bench.tick())
+
+
+def test_in_mode_auto_only_a_pin_keeps_what_passed(bench: Bench) -> None:
+    recipes.freeze(override(bench.config, {"rollout": {"mode": "auto"}}), Path(bench.tide.config_file))
+    _deploy(bench, held(_deploy(bench, _first()), PINNED, "ada", "release week"))
+    _passed(bench)
+    assert ("build b1 passed the gate, but what is served is pinned by ada (release week): `tide rollout unpin`, then `tide rollout b1`"
+            in why(bench.tick()))
+    _deploy(bench, held(_record(bench).history()[-1], "", "ada", "released"))
+    assert bench.tick().run_requests
+
+
+def test_a_proposal_is_not_changed_under_who_reads_it(bench: Bench) -> None:
+    """There is one proposal for a target: that of one workload keeps the others waiting as well."""
+    recipes.freeze(override(bench.config, {"rollout": {"mode": "propose"}}), Path(bench.tide.config_file))
+    first = _deploy(bench, _first())
+    proposed = _deploy(bench, opened(first, "pocket", "prose", "b1", (), "run 1", "prose fell"))
+    bench.drift()
+    bench.collect(6)
+    assert "code: drifted, but deployment 2 proposes build b1 for 'prose', and another would take its place: launch" in why(bench.tick())
+    _deploy(bench, restored(proposed, "pocket", {"*": "b0"}, "ada", "no"))
+    assert bench.tick().run_requests
+
+
+def test_nothing_is_trained_beside_a_paused_rollout(bench: Bench) -> None:
+    """A second rollout would be refused; the run that drove this one may have ended long ago."""
+    begun = _deploy(bench, opened(_deploy(bench, _first()), "pocket", "*", "b1", ["replica-0"], "run 1", "it fell"))
+    bench.drift()
+    bench.collect(6)
+    assert "code: drifted, but build b1 is being rolled out for '*' (" in why(bench.tick())
+    _deploy(bench, held(begun, PAUSED, "ada", "looks odd"))
+    assert "the rollout of build b1 for '*' is paused by ada (looks odd): `tide rollout resume`, or" in why(bench.tick())
+
+
+# --- how long a run may take ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("settings", "needed_s"), [
+    ({"training": {"time_budget_s": 90.0}, "rollout": {"bake_s": 3600.0}}, 90 + 3600),
+    ({"rollout": {"max_bake_s": 7200.0, "steps": [0.1] * 9 + [1.0], "step_s": 600.0, "serve_timeout_s": 900.0}}, 75 + 7200 + 11 * 1500),
+    ({"training": {"time_budget_s": 7200.0}}, 4 * 7200 + AWAY_TRIES * AWAY_S),
+])
+def test_a_run_may_take_as_long_as_its_settings_say(bench: Bench, settings: dict[str, dict[str, object]], needed_s: float) -> None:
+    bench.drift()
+    bench.collect(6)
+    recipes.freeze(override(bench.config, settings), Path(bench.tide.config_file))
+    (request,) = bench.tick().run_requests or []
+    assert needed_s + 600 <= float(_tags_of(request)["dagster/max_runtime"]) < 2 * needed_s + 3600
+
+
+def test_training_by_steps_has_no_limit_but_that_of_run_monitoring(bench: Bench) -> None:
+    """A run has its job's tags and its request's."""
+    bench.drift()
+    bench.collect(6)
+    recipes.freeze(override(bench.config, {"training": {"time_budget_s": 0.0}}), Path(bench.tide.config_file))
+    (request,) = bench.tick().run_requests or []
+    assert "dagster/max_runtime" not in _tags_of(request)
+
+
+# --- tags that clients invent --------------------------------------------------------------------------------------
+
+def test_invented_workload_tags_leave_nothing_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, get_runs = list[object](), bench.instance.get_runs
+    monkeypatch.setattr(bench.instance, "get_runs", lambda *given, **named: asked.append(given) or get_runs(*given, **named))
+    monkeypatch.setattr("tide_pipeline.defs.drift_sensor.MAX_WORKLOADS", 20)
+    for i in range(24):
+        bench.traffic(0.8, 8.0, workload=f"request {i}", requests=1)
+    bench.drift()
+    bench.collect(2)
+    asked.clear()
+    said = why(bench.tick())
+    assert said.startswith("code: drifted, but only 26 of 60"), "the one with the most traffic is among those judged"
+    assert said.endswith("; 5 more workload tags with less traffic left out: are they workloads, or requests?") and len(said) < 4_000
+    assert len(asked) < 5 and list(Memory.from_cursor(bench.cursor).episodes) == ["code"]
+
+
+def opened_shards(monkeypatch: pytest.MonkeyPatch) -> list[Stored]:
+    """Fills with the signals shards that are read from now on; nothing is remembered of them."""
+    read, opened = index._read, list[Stored]()
+
+    def noted(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
+        opened.append(shard)
+        return read(shard, target)
+
+    monkeypatch.setattr(index, "_memory", index.Memory(1000))
+    monkeypatch.setattr(index, "_read", noted)
+    return opened
+
+
+def _first() -> Deployment:
+    return Deployment(1, "pocket", {"rest": {"*": "b0"}}, (), STABLE, "setup", "shipped")
+
+
+def _record(bench: Bench) -> DeploymentRecord:
+    return DeploymentRecord(bench.config.state.deployments, "pocket")
+
+
+def _deploy(bench: Bench, deployment: Deployment) -> Deployment:
+    return _record(bench).append(deployment)
+
+
+def _build(bench: Bench, build_id: str) -> None:
+    folder = build_dir(bench.config.state.builds, "pocket", build_id)
+    save_build(EngineBuild(build_id, "pocket", "embedded", str(folder), f"v-{build_id}", "digest", "engine", time.time()))
+
+
+def _passed(bench: Bench, build_id: str = "b1") -> None:
+    """The first attempt, as its run leaves it, whatever the mode; long enough ago."""
+    bench.drift()
+    bench.collect(6)
+    (request,) = bench.tick().run_requests or []
+    _build(bench, build_id)
+    bench.instance.create_run_for_job(defs().resolve_job_def("adapt_draft"), status=dg.DagsterRunStatus.SUCCESS,
+                                      tags={**request.tags, PASSED: build_id})
+    _later(bench)
+
+
+def _tags_of(request: dg.RunRequest) -> dict[str, str]:
+    return {**defs().resolve_job_def("adapt_draft").run_tags, **request.tags}
 
 
 def _later(bench: Bench) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tide_pipeline.config import DriftSettings
 from tide_pipeline.contracts import DriftVerdict
-from tide_pipeline.defs.episodes import Episode, Memory, follow, run_key, why_wait
+from tide_pipeline.defs.episodes import MOST_KEPT, Episode, Memory, follow, kept, run_key, why_too_few, why_wait
 
 SETTINGS = DriftSettings(recent_s=60.0, min_signal_rows=20_000, cooldown_s=60.0, max_attempts=3)
 NOW = 1_000_000.0
@@ -43,15 +43,31 @@ def test_too_little_data_changes_nothing() -> None:
     assert follow(Episode(), UNSURE, NOW, SETTINGS) == Episode()
 
 
-@pytest.mark.parametrize(("episode", "rows", "words"), [
-    (Episode(number=1), 8_100, "only 8,100 of 20,000 signal rows"),
-    (Episode(number=1, attempts=1, last_run=NOW - 22), 90_000, "22 s ago: cooling down for another 38 s"),
-    (Episode(number=4, attempts=3), 90_000, "all 3 attempts of episode 4"),
-    (Episode(number=1, attempts=1, last_run=NOW - 61), 20_000, ""),
+@pytest.mark.parametrize(("episode", "words"), [
+    (Episode(number=1, attempts=1, last_run=NOW - 22), "22 s ago: cooling down for another 38 s"),
+    (Episode(number=4, attempts=3), "all 3 attempts of episode 4"),
+    (Episode(number=1, attempts=1, last_run=NOW - 61), ""),
 ])
-def test_why_a_drifted_workload_waits(episode: Episode, rows: int, words: str) -> None:
-    reason = why_wait(episode, rows, NOW, SETTINGS)
+def test_why_a_drifted_workload_waits(episode: Episode, words: str) -> None:
+    reason = why_wait(episode, NOW, SETTINGS)
     assert words in reason and bool(words) == bool(reason)
+
+
+def test_a_training_needs_signals() -> None:
+    assert "only 8,100 of 20,000 signal rows" in why_too_few(8_100, SETTINGS) and why_too_few(20_000, SETTINGS) == ""
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Tags come from clients; numbers come back from the tags of runs."""
+    lately = NOW - 3600
+    open_ = {"open": Episode(2, 1, since=lately, seen=lately), "cooling": Episode(3, 2, last_run=NOW - 59, seen=lately)}
+    over = {"healthy": Episode(seen=NOW), "closed": Episode(7, 2, last_run=NOW - 61, seen=NOW),
+            "gone": Episode(1, since=1.0, seen=NOW - 86_401)}
+    assert kept(open_ | over, NOW, SETTINGS) == {"cooling": open_["cooling"], "open": open_["open"]}
+    invented = {f"tag {i}": Episode(1, since=lately, seen=NOW - i) for i in range(5_000)}
+    left = kept(invented | {"adapted to": Episode(1, 1, since=lately, last_run=lately, seen=lately)}, NOW, SETTINGS)
+    assert len(left) == MOST_KEPT and "adapted to" in left and "tag 0" in left and "tag 4999" not in left
+    assert len(Memory(NOW, NOW, left).to_cursor()) < 40_000
 
 
 def test_every_attempt_has_its_own_key() -> None:

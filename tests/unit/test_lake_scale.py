@@ -22,7 +22,7 @@ from tide_pipeline.capture.compact import compact
 from tide_pipeline.capture.index import Memory
 from tide_pipeline.capture.layout import first_day, live_shards, newest_first, survey
 from tide_pipeline.capture.newest import Newest
-from tide_pipeline.capture.reader import find_again, identity, list_windows
+from tide_pipeline.capture.reader import count_rows_each, find_again, identity, list_windows
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA
 from tide_pipeline.capture.sink import Sink
 from tide_pipeline.capture.store import Stored, open_store
@@ -253,6 +253,26 @@ def test_windows_are_listed_no_further_than_asked(lake: Path, monkeypatch: pytes
     monkeypatch.setattr(index_module, "_read", lambda shard, target: opened.append(shard) or read(shard, target))
     assert [w.request_id for w in list_windows(lake / "signals", TARGET, among=3).windows] == ["h+2", "h+1", "h+0"] and len(opened) == 3
     assert [w.request_id for w in list_windows(lake / "signals", TARGET, max_each=2).windows] == ["h+2", "h+1"]
+
+
+def test_rows_are_counted_from_the_newest_on_until_there_are_enough(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lake has a shard of 13 rows in each of seven hours."""
+    read, opened = index_module._read, []
+    monkeypatch.setattr(index_module, "_read", lambda shard, target: opened.append(shard) or read(shard, target))
+
+    def counted(since: dict[str, float], enough: int = 1_000, among: int = 1_000) -> tuple[dict[str, int], int]:
+        monkeypatch.setattr(index_module, "_memory", Memory(1000))
+        opened.clear()
+        return count_rows_each(lake / "signals", TARGET, since, enough=enough, among=among), len(opened)
+
+    assert counted({"prose": 0.0}) == ({"prose": 91}, 7)
+    assert counted({"prose": 0.0, "rare": 0.0}) == ({"prose": 91, "rare": 0}, 7)
+    assert counted({"prose": 0.0}, enough=26) == ({"prose": 26}, 2)
+    assert counted({"prose": 0.0, "rare": 0.0}, enough=26, among=4) == ({"prose": 26, "rare": 0}, 4)
+    assert counted({"prose": NOON + HOUR_S}) == ({"prose": 26}, 2), "folders of earlier hours are not looked into"
+    assert counted({"prose": time.time() + 60, "rare": 0.0})[0] == {"prose": 0, "rare": 0}
+    assert count_rows_each(lake / "nothing", TARGET, {"prose": 0.0}, enough=1, among=1) == {"prose": 0}
+    assert count_rows_each(lake / "signals", TARGET, {}, enough=1, among=1) == {}
 
 
 def test_pinned_windows_are_found_where_compaction_put_them(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The newest of many windows, kept while more are put in. Pure: knows no shards."""
+"""The newest of many windows, kept or counted while more are put in. Pure: knows no shards."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from tide_pipeline.contracts import SignalWindow
 
@@ -40,6 +41,29 @@ class Newest:
     def needs_nothing_before(self, moment: float) -> bool:
         """Whether windows closed before `moment` (Unix seconds) can't be among the newest any more."""
         return self._most is not None and len(self._found) >= self._most > 0 and moment < self.windows()[-1].closed_at
+
+
+class RowCount:
+    """Token rows of the windows put in, by workload, each from its own time on (Unix seconds) and until there are `enough`."""
+
+    is_bounded = True
+
+    def __init__(self, since: Mapping[str, float], enough: int) -> None:
+        self._since, self._enough = since, enough
+        self.rows = dict.fromkeys(since, 0)
+
+    def wants(self, window: SignalWindow) -> bool:
+        return self.rows.get(window.workload, self._enough) < self._enough and window.closed_at >= self._since[window.workload]
+
+    def put(self, window: SignalWindow) -> None:
+        self.rows[window.workload] += window.num_rows
+
+    def windows(self) -> list[SignalWindow]:
+        return []
+
+    def needs_nothing_before(self, moment: float) -> bool:
+        """Whether every workload has enough; older windows than the newest would do as well."""
+        return all(rows >= self._enough for rows in self.rows.values())
 
 
 def _of_each(windows: list[SignalWindow], most: int) -> list[SignalWindow]:

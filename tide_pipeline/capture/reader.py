@@ -6,7 +6,7 @@ What shards hold is in index.py. A shard that can't be read is skipped and repor
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +19,15 @@ from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
-from tide_pipeline.capture.newest import Newest
+from tide_pipeline.capture.newest import Newest, RowCount
 from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
-__all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "find_again", "identity", "list_windows", "live_shards", "read_states"]
+__all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_each", "find_again", "identity", "list_windows",
+           "live_shards", "read_states"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def find_again(signals_root: Root, target: str, known: Collection[Identity]) -> 
 
 
 def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, until: float | None,
-                  engine_digest: str | None, found: Newest, among: int | None) -> WindowIndex:
+                  engine_digest: str | None, found: Newest | RowCount, among: int | None) -> WindowIndex:
     begun_before = None if until is None else until + LATE_S
     # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
     listings = (iter([survey(root, target, since, begun_before)]) if not found.is_bounded and among is None
@@ -140,6 +141,23 @@ def count_rows(signals_root: Root, target: str, *, workloads: Collection[str] | 
         return list_windows(signals_root, target, workloads=workloads, since=since, until=until, engine_digest=engine_digest).num_rows
     except NotEnoughSignals:
         return 0
+
+
+def count_rows_each(signals_root: Root, target: str, since: Mapping[str, float], *, enough: int, among: int) -> dict[str, int]:
+    """Captured token rows of every workload in `since`, closed at that time or later, from the newest on; for who asks again and again.
+
+    Shards are opened until each workload has `enough` rows (more are not counted), or until they held `among` windows of all workloads
+    together. Raises LakeError when the lake can't be listed.
+    """
+    def counted() -> dict[str, int]:
+        found = RowCount(since, enough)
+        _list_windows(signals_root, target, found.wants, min(since.values()), None, None, found, among)
+        return found.rows
+
+    try:
+        return settled(counted) if since else {}
+    except NotEnoughSignals:
+        return dict.fromkeys(since, 0)
 
 
 def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,

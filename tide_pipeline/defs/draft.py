@@ -12,6 +12,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
 from tide_pipeline.defs.lake import GROUP, signal_windows
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES, runtime_tags
 from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, BUILT, DRIFTED, REGISTERED, TRAINED
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from tide_pipeline.registry.registry import RegisteredDraft, Registry
 
 TRAIN_POOL = "train_gpu"
-AWAY_TRIES, AWAY_S = 40, 15.0              # MLflow may be away for ten minutes before a trained draft is given up
 
 
 class AdaptConfig(dg.Config):
@@ -53,7 +53,7 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
     adaptation = adaptation_of(context, tide)
     asked = understood(config)
     adaptation.save("request", asked)
-    tag_run(context, settings.target, asked)
+    tag_run(context, settings, asked)
     adaptation.mark(**({DRIFTED: config.drifted_at} if config.drifted_at else {}), **{ASKED: asked_at(context), BEGUN: time.time()})
     champion = served_build(settings, config.workload)
     command = training_command(adaptation, champion)
@@ -163,9 +163,9 @@ def understood(config: AdaptConfig) -> Request:
     return Request(config.workload, reason, config.focus_since, config.drifted_at, *span.texts)
 
 
-def tag_run(context: dg.AssetExecutionContext, target: str, asked: Request) -> None:
-    """Why the run exists, for one launched by hand: what its launcher said already stays."""
-    wanted = {TARGET: target, WORKLOAD: asked.workload, SINCE: asked.since, UNTIL: asked.until}
+def tag_run(context: dg.AssetExecutionContext, settings: TideConfig, asked: Request) -> None:
+    """Why the run exists, and how long it may, for one launched by hand: what its launcher said already stays."""
+    wanted = {TARGET: settings.target, WORKLOAD: asked.workload, SINCE: asked.since, UNTIL: asked.until, **runtime_tags(settings)}
     tags = {name: value for name, value in wanted.items() if value and name not in context.run.tags}
     if asked.reason and context.run.tags.get(REASON, BY_HAND) == BY_HAND:
         tags[REASON] = asked.reason

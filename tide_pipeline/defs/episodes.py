@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tide_pipeline.config import DriftSettings
 from tide_pipeline.contracts import DriftVerdict, from_dict
+
+MOST_KEPT = 256                    # episodes; the cursor is stored with every tick, and tags of workloads come from clients
+FORGET_S = 86_400.0                # after which an open episode of a workload without traffic is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class Episode:
     since: float = 0.0             # windows from here on count as drifted traffic; 0 while no episode is open
     draft_version: str = ""        # that was served when it opened
     last_run: float = 0.0          # when an adaptation of this workload was last seen queued or running
+    seen: float = 0.0              # when the workload was last judged
 
     @property
     def is_open(self) -> bool:
@@ -66,17 +71,34 @@ def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftS
                                draft_version=verdict.draft_version)
 
 
-def why_wait(episode: Episode, num_rows: int, now: float, settings: DriftSettings) -> str:
-    """What keeps a drifted workload from being adapted to now; "" when nothing does."""
+def why_wait(episode: Episode, now: float, settings: DriftSettings) -> str:
+    """What keeps a drifted workload from being adapted to, whatever was collected of it; "" when nothing does."""
     if episode.attempts >= settings.max_attempts:
         return (f"drifted, but all {settings.max_attempts} attempts of episode {episode.number} are used: look at their runs, "
                 "then launch adapt_draft by hand")
     cooling_s = episode.last_run + settings.cooldown_s - now
     if cooling_s > 0:
         return f"drifted, but the last adaptation was {now - episode.last_run:.0f} s ago: cooling down for another {cooling_s:.0f} s"
+    return ""
+
+
+def why_too_few(num_rows: int, settings: DriftSettings) -> str:
+    """What is missing of the signals that a training needs; "" for nothing."""
     if num_rows < settings.min_signal_rows:
         return f"drifted, but only {num_rows:,} of {settings.min_signal_rows:,} signal rows collected yet"
     return ""
+
+
+def kept(episodes: Mapping[str, Episode], now: float, settings: DriftSettings) -> dict[str, Episode]:
+    """Those worth remembering: open and seen in the last day, or cooling down. Of too many, those adapted to last, then seen last.
+
+    What is forgotten of the others is their number, and that is in the tags of their runs.
+    """
+    def matters(episode: Episode) -> bool:
+        return (episode.is_open and now - episode.seen < FORGET_S) or episode.last_run + settings.cooldown_s > now
+
+    found = [(workload, episode) for workload, episode in episodes.items() if matters(episode)]
+    return dict(sorted(found, key=lambda item: (-item[1].last_run, -item[1].seen))[:MOST_KEPT])
 
 
 def run_key(verdict: DriftVerdict, episode: Episode) -> str:

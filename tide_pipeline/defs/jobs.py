@@ -19,7 +19,7 @@ RESUMED = {"dagster/max_retries": "2", "dagster/retry_strategy": "FROM_FAILURE"}
 
 adapt_draft = dg.define_asset_job(
     "adapt_draft", named("draft_checkpoint", "registered_draft", "draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: BY_HAND, **RESUMED},
+    executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED},      # how long it may take: limits.py
     description="Train a draft on what was captured (of a past window, with `since` and `until`), register and build it, prove it against "
                 "the champion, roll it out.")
 

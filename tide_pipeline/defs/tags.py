@@ -3,5 +3,6 @@
 TARGET, WORKLOAD, REASON, EPISODE, ATTEMPT = "tide/target", "tide/workload", "tide/reason", "tide/episode", "tide/attempt"
 SINCE, UNTIL = "tide/since", "tide/until"  # of a draft over a past window, UTC
 DRIFTED_AT = "tide/drifted_at"             # Unix seconds of the verdict
+PASSED = "tide/passed"                     # id of the build that passed the gate in this run, whatever became of it then
 BY_HAND = "launched by hand"               # the reason where nobody gave another
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then

@@ -1,0 +1,23 @@
+"""How long an adaptation may take before it counts as hung, as a tag that Dagster reads. Pure: settings in, seconds out."""
+
+from tide_pipeline.config import RolloutSettings, TideConfig
+from tide_pipeline.defs.tags import MAX_RUNTIME
+
+AWAY_TRIES, AWAY_S = 40, 15.0              # MLflow may be away for ten minutes before a trained draft is given up
+AWAY_STEPS = 2                             # that wait for it: to register, and to fetch
+REST_S = 600.0                             # processes that start, the lake, registering, the build, the gate
+BUDGETS = 4                                # a trainer that was killed goes on; and a budget begins only once its data is read
+
+
+def runtime_tags(config: TideConfig) -> dict[str, str]:
+    """Of a run of adapt_draft. Without a budget of time nothing is known: there run monitoring's own limit counts (dagster.yaml)."""
+    budget_s = config.training.time_budget_s
+    if budget_s <= 0:
+        return {}
+    return {MAX_RUNTIME: str(int(REST_S + BUDGETS * budget_s + AWAY_STEPS * AWAY_TRIES * AWAY_S + longest_rollout_s(config.rollout)))}
+
+
+def longest_rollout_s(settings: RolloutSettings) -> float:
+    """Until the last replica serves the draft. A person may pause a rollout for longer: then it outlives its run."""
+    waits_s = settings.step_s + settings.serve_timeout_s
+    return max(settings.bake_s, settings.max_bake_s) + settings.serve_timeout_s + (len(settings.steps) + 1) * waits_s
