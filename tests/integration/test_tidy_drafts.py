@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
 from tide_pipeline.registry import expiry
 from tide_pipeline.registry.expiry import look
-from tide_pipeline.registry.registry import RegisteredDraft, Registry, default_uri
+from tide_pipeline.registry.registry import RegisteredDraft, Registry
 from tide_pipeline.registry.shipped import register_shipped
 from tide_pipeline.rollout.alias import follow_alias
 from tide_pipeline.rollout.tidy import YOUNG_S
@@ -79,6 +78,18 @@ def stored(registry: Registry, draft: RegisteredDraft) -> set[str]:
     return {file.path for file in registry.client.list_artifacts(draft.run_id, "draft")}
 
 
+def dies_after(real: Callable[..., object], times: int, changes: Iterator[int] | None = None) -> Callable[..., object]:
+    """`real`, which kills instead of its call number `times` + 1; several may count together."""
+    counted = iter(range(100)) if changes is None else changes
+
+    def maybe(*args: object, **more: object) -> object:
+        if next(counted) == times:
+            raise Killed
+        return real(*args, **more)
+
+    return maybe
+
+
 WHOLE, EMPTIED = {"draft/config.json", "draft/model.safetensors", "draft/provenance.json"}, {"draft/provenance.json"}
 
 
@@ -98,7 +109,8 @@ def test_versions_that_nobody_needs_go_and_their_history_stays(config: TideConfi
     assert done.versions == (old.version,) and done.kept == {"is among the newest": 1}
     assert versions(registry) == [newest.version] and stored(registry, newest) == WHOLE and stored(registry, old) == EMPTIED
     run = registry.client.get_run(old.run_id)
-    assert run.data.tags["workload"] == "de" and run.data.metrics["best_acceptance_length"] == 2.5 and run.data.tags["tide.expired"][:2] == "20"
+    assert run.data.tags["workload"] == "de" and run.data.metrics["best_acceptance_length"] == 2.5
+    assert run.data.tags[expiry.EXPIRED].startswith("20")
     assert tidied(config, registry) == ()
     again = make(1)                                                                          # the same bytes, registered anew
     assert again.version > newest.version and again.run_id != old.run_id and stored(registry, again) == WHOLE
@@ -140,30 +152,19 @@ def test_a_build_that_cant_be_read_keeps_every_draft(config: TideConfig, registr
     assert old.version in versions(registry)
 
 
-STEPS = ("set_tag", "delete_model_version", "delete_artifacts", "set_tag again")
-
-
 @pytest.mark.parametrize("dies_at", range(5))
 def test_a_removal_that_dies_is_ended_by_the_next(dies_at: int, config: TideConfig, registry: Registry, make: Make,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before each single thing that it changes in MLflow: tag, version, tag, file, file or the last tag."""
+    """Before each thing that it changes in MLflow after its first tag: the version, a tag, a file, a file, the last tag."""
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     old, newest = make(1), make(2)
-    changes = iter(range(100))
-
-    def dies(real: Callable[..., object]) -> Callable[..., object]:
-        def maybe(*args: object, **more: object) -> object:
-            if next(changes) == dies_at + 1:
-                raise Killed
-            return real(*args, **more)
-
-        return maybe
-
     with monkeypatch.context() as patch:
+        changes = iter(range(100))
         for name in ("set_tag", "delete_model_version"):
-            patch.setattr(registry.client, name, dies(getattr(registry.client, name)))
-        patch.setattr(LocalArtifactRepository, "delete_artifacts", dies(LocalArtifactRepository.delete_artifacts))
+            patch.setattr(registry.client, name, dies_after(getattr(registry.client, name), dies_at + 1, changes))
+        patch.setattr(LocalArtifactRepository, "delete_artifacts",
+                      dies_after(LocalArtifactRepository.delete_artifacts, dies_at + 1, changes))
         with pytest.raises(Killed):
             tidied(config, registry)
     assert newest.version in versions(registry) and stored(registry, newest) == WHOLE
@@ -220,7 +221,8 @@ def adaptation(config: TideConfig, name: str, age_s: float, *, registered: bool 
     return folder
 
 
-def test_old_adaptations_keep_their_records_and_lose_their_weights(config: TideConfig, registry: Registry) -> None:
+def test_old_adaptations_keep_their_records_and_lose_their_weights(config: TideConfig, registry: Registry,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(config, {"retention": {"drafts_keep": 0, "training_keep": 1}})
     old, going, newest = adaptation(config, "a", 300), adaptation(config, "b", 200), adaptation(config, "c", 100)
     lost = adaptation(config, "d", 400, registered=False)
@@ -229,11 +231,16 @@ def test_old_adaptations_keep_their_records_and_lose_their_weights(config: TideC
     (by_hand / "model.safetensors").write_bytes(b"mine")
     in_use = InUse(frozenset({going.name}))
     assert tidy_drafts(config, registry, in_use, 0.0, only_look=True).adaptations == ("a",) and (old / "draft" / "run.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):        # in the middle: nothing is left that a training would go on from
+        patch.setattr(Path, "unlink", dies_after(Path.unlink, 2))
+        tidy_drafts(config, registry, in_use, 0.0)
+    assert {file.name for file in (old / "draft").iterdir()} == {"checkpoint.json", "provenance.json", "model.safetensors"}
     done = tidy_drafts(config, registry, in_use, 0.0)
-    assert (done.adaptations, done.freed_bytes, done.versions) == (("a",), 20, ())
+    assert (done.adaptations, done.freed_bytes, done.versions) == (("a",), 10, ())
     assert {file.name for file in old.rglob("*") if file.is_file()} == {"request.json", "marks.json", "registered.json", "checkpoint.json",
                                                                         "provenance.json"}
     for whole in (going, newest, lost, by_hand.parent):
         assert (whole / "draft" / "model.safetensors").exists(), whole
     assert tidy_drafts(config, registry, in_use, 0.0).adaptations == ()
-    assert [draft["digest"] for draft in drafts_trained_on(config, [[("a.parquet", 7)]])] == ["d" * 64], "deletion finds it by its certificate"
+    found = drafts_trained_on(config, [[("a.parquet", 7)]])
+    assert [draft["digest"] for draft in found] == ["d" * 64], "who deletes windows still finds it"

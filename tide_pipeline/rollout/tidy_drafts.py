@@ -25,7 +25,7 @@ from tide_pipeline.rollout.challenger import REQUEST, WAITING
 from tide_pipeline.rollout.tidy import YOUNG_S
 
 RECORDS = (".json", ".jsonl", ".toml")     # of an adaptation, what stays
-REFERENCES = "run.json"                    # ... but what a resumed training alone would read goes with its snapshot
+UNFINISHED = ("resume.safetensors", "run.json")        # what a training goes on from; removed first, in its own order
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def _tidy_training(config: TideConfig, in_use: InUse, only_look: bool) -> tuple[
     for folder in old:
         if folder.name in in_use.runs or _is_only_copy(folder):
             continue
-        heavy = [file for file in folder.rglob("*") if file.is_file() and (file.suffix not in RECORDS or file.name == REFERENCES)]
+        heavy = sorted((file for file in folder.rglob("*") if file.is_file() and (file.suffix not in RECORDS or file.name in UNFINISHED)),
+                       key=lambda file: UNFINISHED.index(file.name) if file.name in UNFINISHED else len(UNFINISHED))
         if heavy:
             emptied.append(folder.name)
             freed += sum(file.stat().st_size for file in heavy)
