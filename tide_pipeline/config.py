@@ -174,12 +174,14 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class RetentionSettings:
-    """What the lake's maintenance lets go of; 0 keeps for ever."""
+    """What maintenance lets go of; 0 keeps for ever."""
 
     signal_days: float = 0.0           # age of signals
     acceptance_days: float = 0.0       # age of the acceptance log
     signal_gb: float = 0.0             # the oldest signals above it go, of all targets together
     tenant_days: tuple[str, ...] = ()  # such as ["acme=7"]: an age for one tenant's rows
+    drafts_keep: int = 0               # the newest versions in MLflow that stay, beside all that are served, named, young or asked for
+    training_keep: int = 0             # the newest adaptations whose weights and snapshots stay in training/, beside the unfinished
 
 
 @dataclass(frozen=True)

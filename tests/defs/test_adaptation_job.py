@@ -18,13 +18,14 @@ from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
+from tide_pipeline.defs.draft import name_challenger
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.rollout_sensor import alias_sensor, rollout_sensor
 from tide_pipeline.deployment.builds import list_builds, load_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.engine_spec import load_engine_spec
 from tide_pipeline.models.target import Target
-from tide_pipeline.registry.registry import open_registry
+from tide_pipeline.registry.registry import Registry, open_registry
 from tide_pipeline.registry.shipped import shipped_checkpoint
 from tide_pipeline.rollout.history import is_under_way, opened
 from tide_pipeline.rollout.initial import ensure_initial
@@ -96,7 +97,8 @@ def test_training_is_not_lost_to_a_registry_that_is_away_and_the_loop_closes(
     draft = open_registry(config).list()[-1]
     assert latest is not None and (latest.n, latest.stage) == (3, "stable") and "acceptance fell" in latest.reason
     assert load_build(config.state.builds, config.target, latest.groups["rest"]["*"]).draft_version == draft.draft_version
-    assert open_registry(config).alias("champion") == draft.version
+    assert open_registry(config).alias("champion") == draft.version and "challenger" not in open_registry(config).aliases()
+    assert float(draft.tags["challenged_at"]) > draft.created_at - 60, "it was the challenger on its way"
     assert draft.tags["workload"] == "code" and draft.tags["dagster_run_id"] == failed.run_id
     run = instance.get_run_by_id(failed.run_id)
     assert run is not None and run.tags.items() >= {"tide/target": config.target, "tide/workload": "code", "tide/reason": "acceptance fell",
@@ -117,7 +119,8 @@ def test_a_refused_draft_is_not_rolled_out(config: TideConfig, instance: dg.Dags
     """The steps after the build once more, with a gate that nothing passes."""
     strict = override(config, {"gate": {"min_gain": 9.0}})
     recipes.freeze(strict, Path(config.engines_dir).parent / "settings.toml")
-    before = DeploymentRecord(config.state.deployments, config.target).latest()
+    before, registry = DeploymentRecord(config.state.deployments, config.target).latest(), open_registry(config)
+    registry.set_alias("challenger", registry.list()[-1].version)
     root = min(instance.get_run_records(), key=lambda record: record.create_timestamp).dagster_run.run_id
     gate = [dg.AssetKey("benchmark_report"), dg.AssetKey("live_draft")]
     refused = job().execute_in_process(asset_selection=gate, run_id=root, raise_on_error=False)
@@ -125,7 +128,7 @@ def test_a_refused_draft_is_not_rolled_out(config: TideConfig, instance: dg.Dags
     (checked,) = refused.get_asset_check_evaluations()
     assert not checked.passed and "the gain is below 9.00" in (checked.description or "")
     assert [event.asset_key.to_user_string() for event in refused.get_asset_materialization_events()] == ["benchmark_report"]
-    assert DeploymentRecord(config.state.deployments, config.target).latest() == before
+    assert DeploymentRecord(config.state.deployments, config.target).latest() == before and registry.alias("challenger") is None
 
 
 def test_the_way_back(config: TideConfig) -> None:
@@ -171,6 +174,13 @@ def test_an_alias_moved_by_hand_goes_through_the_gate(config: TideConfig, instan
     latest = DeploymentRecord(config.state.deployments, config.target).latest()
     assert latest is not None and "was asked for in MLflow" in latest.reason and registry.alias("champion") == shipped.version
     assert not looked(instance).run_requests
+
+
+def test_a_registry_that_is_away_costs_the_alias_and_no_draft(config: TideConfig) -> None:
+    draft, context = open_registry(config).list()[-1], dg.build_asset_context()
+    name_challenger(context, Registry("http://127.0.0.1:9", config.target), draft)
+    name_challenger(context, open_registry(config), draft)
+    assert open_registry(config).alias("challenger") == draft.version
 
 
 def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, instance: dg.DagsterInstance) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -15,10 +16,12 @@ from tide_pipeline.capture.layout import live_shards
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.definitions import defs
+from tide_pipeline.defs.maintenance import in_use
 from tide_pipeline.deployment.builds import build_dir, list_builds, save_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.recipes import freeze
-from tide_pipeline.rollout.tidy import YOUNG_S, tidy_builds
+from tide_pipeline.rollout.history import opened, settled, withdrawn
+from tide_pipeline.rollout.tidy import YOUNG_S, tidy_builds, wanted_builds
 
 
 @pytest.fixture
@@ -26,11 +29,11 @@ def config(tmp_path: Path) -> TideConfig:
     return engine_with_lake(tmp_path, {}, de=2, py=2)
 
 
-def run(name: str, config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> dg.ExecuteInProcessResult:
+def run(name: str, config: TideConfig, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dg.ExecuteInProcessResult:
     file = config.state.root / "settings.toml"
     freeze(config, file)
     monkeypatch.setenv("TIDE_CONFIG", str(file))
-    return defs().resolve_job_def(name).execute_in_process(raise_on_error=False)
+    return defs().resolve_job_def(name).execute_in_process(raise_on_error=False, **options)
 
 
 def told(result: dg.ExecuteInProcessResult, op: str) -> dict[str, object]:
@@ -89,6 +92,44 @@ def test_builds_that_may_be_wanted_stay(config: TideConfig) -> None:
     assert tidy_builds(config, now) == [old]
     assert {build.build_id for build in list_builds(config.state.builds, target)} == {served, before, young}
     assert not build_dir(config.state.builds, target, old).exists() and tidy_builds(config, now) == []
+
+
+def test_refused_rollouts_do_not_take_the_way_back(config: TideConfig) -> None:
+    """What was served first and what a rollback restores stay, however many drafts came and went meanwhile."""
+    record = DeploymentRecord(config.state.deployments, config.target)
+    latest = record.append(Deployment(1, config.target, {"rest": {"*": "first"}}, (), "stable", "me", ""))
+    for build in ("b1", "b2"):
+        latest = record.append(settled(record.append(opened(latest, config.target, "*", build, ["a"], "me", "")), "me", ""))
+    for refused in range(30):
+        latest = record.append(withdrawn(record.append(opened(latest, config.target, "*", f"r{refused}", ["a"], "me", "")), "me", "slower"))
+    wanted = wanted_builds(config)
+    assert {"first", "b1", "b2", "r29"} <= wanted and "r0" not in wanted
+
+
+@pytest.mark.filterwarnings("ignore::Warning:mlflow.*", "ignore::Warning:alembic.*", "ignore::ResourceWarning")
+def test_weights_of_old_adaptations_go_and_runs_of_today_keep_theirs(config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TIDE_MLFLOW_URI", raising=False)
+    weights = {name: config.state.training / name / "draft" / "model.safetensors" for name in ("long-ago", "today", "newest")}
+    for age, file in enumerate(reversed(weights.values())):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"12345")
+        request = file.parent.parent / "request.json"
+        request.write_text("{}")
+        os.utime(request, (time.time() - 1_000 * age,) * 2)
+    keep = override(config, {"retention": {"training_keep": 1}})
+    with dg.DagsterInstance.ephemeral() as instance:
+        asked = {"ops": {"draft_engine": {"config": {"version": 4}}}}
+        instance.add_run(dg.DagsterRun("judge_challenger", "second-attempt", asked, root_run_id="today", parent_run_id="today",
+                                       status=dg.DagsterRunStatus.STARTED))
+        assert (found := in_use(instance)).versions == {4} and found.runs == {"second-attempt", "today"}
+        looked = run("tidy_drafts", keep, monkeypatch, instance=instance,
+                     run_config={"ops": {"tidy_drafts_op": {"config": {"only_look": True}}}})
+        assert looked.success and told(looked, "tidy_drafts_op")["adaptations"] == ["long-ago"] and weights["long-ago"].exists()
+        done = run("tidy_drafts", keep, monkeypatch, instance=instance)
+        assert done.success and told(done, "tidy_drafts_op")["freed_bytes"] == 5
+    assert {name for name, file in weights.items() if file.exists()} == {"today", "newest"}
+    wrong = run("tidy_drafts", override(config, {"retention": {"drafts_keep": -1}}), monkeypatch)
+    assert not wrong.success and "or 0 for all" in str(wrong.failure_data_for_node("tidy_drafts_op"))
 
 
 def test_schedules_say_why_they_run() -> None:

@@ -18,6 +18,7 @@ from tests.helpers import write_tiny_build
 from tide_pipeline.build.engine import build_engine
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, DraftCheckpoint, EngineBuild
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import RegistryAway, RegistryError
 from tide_pipeline.models.checkpoint import digest_draft
 from tide_pipeline.models.target import Target
@@ -25,6 +26,8 @@ from tide_pipeline.registry.client import without_password
 from tide_pipeline.registry.registry import RegisteredDraft, Registry, default_uri
 from tide_pipeline.registry.shipped import register_shipped
 from tide_pipeline.rollout.alias import Followed, answer_request, follow_alias, waiting_request
+from tide_pipeline.rollout.challenger import challenge, step_down
+from tide_pipeline.rollout.history import opened, settled, withdrawn
 
 pytestmark = [pytest.mark.filterwarnings("ignore::Warning:mlflow.*"), pytest.mark.filterwarnings("ignore::Warning:alembic.*"),
               pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -247,3 +250,96 @@ def test_a_version_whose_bytes_were_altered_is_refused_by_their_digest(
         registry.fetch(other.version, tmp_path / "gone")
     assert caught.type is RegistryError, "nobody waits for it to come back"
     assert not (tmp_path / "altered").exists() and not (tmp_path / "gone").exists()
+
+
+@pytest.fixture
+def way(config: TideConfig, registry: Registry, two: tuple[Deployment, RegisteredDraft, RegisteredDraft],
+        tmp_path: Path) -> tuple[TideConfig, RegisteredDraft, RegisteredDraft, EngineBuild]:
+    """A record of its own that serves one registered draft; another one is registered and built."""
+    config = override(config, {"state_dir": str(tmp_path / "state")})
+    _, served, other = two
+    builds = [build_engine(config, registry.fetch(d.version, tmp_path / d.draft_version), d.draft_version, warm_up=False)
+              for d in (served, other)]
+    DeploymentRecord(config.state.deployments, "tiny").append(Deployment(1, "tiny", {"rest": {"*": builds[0].build_id}}, (), "stable",
+                                                                         "me", ""))
+    registry.drop_alias("challenger")
+    return config, served, other, builds[1]
+
+
+Way = tuple[TideConfig, RegisteredDraft, RegisteredDraft, EngineBuild]
+
+
+def followed(config: TideConfig, registry: Registry) -> int | None:
+    """Where the challenger stands after a look of the sensor."""
+    latest = DeploymentRecord(config.state.deployments, "tiny").latest()
+    assert latest is not None
+    follow_alias(config, registry, latest)
+    return registry.alias("challenger")
+
+
+def test_a_trained_version_is_challenger_until_it_is_served_and_asks_for_nothing(registry: Registry, way: Way) -> None:
+    config, served, other, build = way
+    record = DeploymentRecord(config.state.deployments, "tiny")
+    assert followed(config, registry) is None
+    assert challenge(registry, other.version) == other.version and waiting_request(registry) is None
+    registry.tag(other.version, {"gate": "passed"})
+    assert followed(config, registry) == other.version, "passed, and in mode observe nobody deploys it"
+    canary = record.append(opened(record.latest(), "tiny", "*", build.build_id, ["a"], "me", ""))
+    assert followed(config, registry) == other.version and registry.alias("champion") == served.version
+    record.append(settled(canary, "me", ""))
+    assert followed(config, registry) is None and registry.alias("champion") == other.version
+    assert challenge(registry, other.version) and followed(config, registry) is None, "registered again, and served already"
+
+
+def test_a_version_that_was_rolled_back_is_no_challenger(registry: Registry, way: Way) -> None:
+    config, _, other, build = way
+    record = DeploymentRecord(config.state.deployments, "tiny")
+    canary = record.append(opened(record.latest(), "tiny", "*", build.build_id, ["a"], "me", "by hand"))
+    assert followed(config, registry) == other.version, "a person rolled it out: nobody had named it"
+    back = record.append(withdrawn(canary, "me", "slower"))
+    assert followed(config, registry) is None
+    challenge(registry, other.version)
+    assert followed(config, registry) == other.version, "before the gate once more: that rollout was another story"
+    record.append(opened(back, "tiny", "*", build.build_id, [], "me", ""))
+    assert followed(config, registry) == other.version and record.latest().stage == "proposed"  # type: ignore[union-attr]
+    registry.drop_alias("challenger")
+    assert followed(config, registry) == other.version, "what a died process left undone is done by the next look"
+
+
+def test_a_refused_version_is_no_challenger(registry: Registry, way: Way) -> None:
+    config, served, other, _ = way
+    challenge(registry, other.version)
+    step_down(registry, served.version)
+    assert registry.alias("challenger") == other.version, "another one was refused"
+    step_down(registry, other.version)
+    assert registry.alias("challenger") is None
+    challenge(registry, other.version)
+    registry.tag(other.version, {"gate": "refused"})                   # and there the process died
+    assert followed(config, registry) is None
+
+
+def test_a_waiting_request_is_not_disturbed(registry: Registry, way: Way) -> None:
+    config, served, other, build = way
+    record = DeploymentRecord(config.state.deployments, "tiny")
+    followed(config, registry)
+    registry.set_alias("champion", other.version)
+    assert followed(config, registry) == other.version
+    asked = waiting_request(registry)
+    assert challenge(registry, served.version) == other.version, "trained meanwhile"
+    step_down(registry, other.version)
+    canary = record.append(opened(record.latest(), "tiny", "*", build.build_id, ["a"], "me", ""))
+    record.append(withdrawn(canary, "me", "slower"))
+    assert followed(config, registry) == other.version and waiting_request(registry) == asked
+    registry.drop_alias("challenger")                                  # a race lost: the request is the tag
+    assert waiting_request(registry) == asked
+    answer_request(registry, other.version, "refused by the gate")
+    registry.set_alias("challenger", other.version)
+    assert waiting_request(registry) is None and followed(config, registry) is None
+
+
+def test_a_challenger_that_somebody_put_on_a_foreign_version_gives_way(registry: Registry, way: Way) -> None:
+    config, _, other, _ = way
+    foreign = registry.client.create_model_version(registry.name, "somewhere", other.run_id)
+    registry.set_alias("challenger", int(foreign.version))
+    assert followed(config, registry) == int(foreign.version) and challenge(registry, other.version) == other.version
+    registry.client.delete_model_version(registry.name, foreign.version)

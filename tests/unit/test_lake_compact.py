@@ -193,6 +193,7 @@ def test_the_commands(lake: Path) -> None:
     assert said.exit_code == 0 and json.loads(said.stdout)["compacted_shards"] == 10, said.output
     said = run(app, ["signals", "retain", "--signal-days", "0.5", "--tenant", "new=1", "--state", str(lake.parent / "state")])
     assert said.exit_code == 0 and "expired 1 shards" in said.output, said.output
-    for words, error in (((), "say what to keep"), (("--tenant", "acme"), "expected NAME=DAYS")):
+    for words, error in (((), "say what to keep"), (("--set", "retention.drafts_keep=3"), "say what to keep"),
+                         (("--tenant", "acme"), "expected NAME=DAYS")):
         said = run(app, ["signals", "retain", *words, "--state", str(lake.parent / "state")])
         assert said.exit_code == 2 and error in said.stderr

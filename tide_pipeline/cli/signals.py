@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -126,7 +127,7 @@ def retain(
     config = settings_of(ctx)
     said = {"signal_days": signal_days, "acceptance_days": acceptance_days, "signal_gb": signal_gb, "tenant_days": tenant}
     keep = override(config, {"retention": {name: value for name, value in said.items() if value is not None}}).retention
-    if keep == RetentionSettings():
+    if dataclasses.replace(keep, drafts_keep=0, training_keep=0) == RetentionSettings():
         raise InvalidRequest("say what to keep: --signal-days, --acceptance-days, --signal-gb or --tenant NAME=DAYS, or set [retention]")
     done = retain_lake(config.state.lake, Retention.of(keep))
     if as_json:

@@ -68,7 +68,7 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
 
 @dg.asset(deps=[draft_checkpoint], group_name=GROUP, kinds={"mlflow"}, owners=["team:inference"])
 def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
-    """The checkpoint as a version in MLflow: its bytes' digest, its curve, and where it comes from."""
+    """The checkpoint as a version in MLflow, its challenger now: its bytes' digest, its curve, and where it comes from."""
     from tide_pipeline.registry.registry import open_registry
     from tide_pipeline.training.span import Span
 
@@ -76,9 +76,11 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
     checkpoint, asked = adaptation.checkpoint(), adaptation.request()
     lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason,
                **Span.of(asked.since, asked.until).facts}
+    registry = open_registry(tide.settings())
     with waiting_for_mlflow():
-        draft = open_registry(tide.settings()).register(checkpoint, lineage=lineage)
+        draft = registry.register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
+    name_challenger(context, registry, draft)
     adaptation.mark(**{REGISTERED: time.time()})
     return dg.MaterializeResult(metadata={"version": draft.version, "draft_version": draft.draft_version, "digest": draft.digest,
                                           "mlflow_run_id": draft.run_id, "acceptance_length": checkpoint.acceptance_length})
@@ -110,6 +112,7 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
     with waiting_for_mlflow():
         if config.version:
             begin_with(adaptation, registry.get(config.version))
+            name_challenger(context, registry, adaptation.load(RegisteredDraft, "registered"))
         draft = adaptation.load(RegisteredDraft, "registered")
         fetched = fetch_or_refuse(registry, draft, adaptation)
     build = build_engine(settings, fetched, draft.draft_version)
@@ -136,10 +139,23 @@ def begin_with(adaptation: Adaptation, draft: "RegisteredDraft") -> None:
     adaptation.save("registered", draft)
 
 
+def name_challenger(context: dg.AssetExecutionContext, registry: "Registry", draft: "RegisteredDraft") -> None:
+    """MLflow's alias, for people: no draft waits for it."""
+    from tide_pipeline.errors import RegistryError
+    from tide_pipeline.rollout.challenger import challenge
+
+    try:
+        if (standing := challenge(registry, draft.version)) != draft.version:
+            context.log.info(f"challenger stays on version {standing}, which somebody asked for")
+    except RegistryError as error:
+        context.log.warning(f"{draft.draft_version} is not MLflow's challenger: {error}")
+
+
 def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: Adaptation) -> Path:
     """The draft's bytes, whose digest is checked. Bytes that are others, or gone, answer the request for them."""
     from tide_pipeline.errors import RegistryAway, RegistryError
     from tide_pipeline.rollout.alias import answer_request
+    from tide_pipeline.rollout.challenger import step_down
 
     try:
         return registry.fetch(draft.version, adaptation.fetched / draft.draft_version)
@@ -147,6 +163,7 @@ def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: 
         raise
     except RegistryError as error:
         answer_request(registry, draft.version, f"refused: {error}")
+        step_down(registry, draft.version)
         raise
 
 

@@ -97,14 +97,17 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
 
 
 def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:
-    """The verdict as tags of the version. A registry that is away delays no rollout."""
+    """The verdict as tags of the version; one that is refused is no challenger any more. A registry that is away delays no rollout."""
     from tide_pipeline.registry.registry import RegisteredDraft, open_registry
     from tide_pipeline.rollout.alias import answer_request
+    from tide_pipeline.rollout.challenger import GATE, step_down
 
     try:
         version, registry = adaptation.load(RegisteredDraft, "registered").version, open_registry(settings)
         told = "passed" if verdict.passed else "refused"
-        registry.tag(version, {"gate": told, "gate_reason": verdict.reasons, "gate_run": context.run.run_id})
+        registry.tag(version, {GATE: told, "gate_reason": verdict.reasons, "gate_run": context.run.run_id})
         answer_request(registry, version, f"{told} by the gate")
+        if not verdict.passed:
+            step_down(registry, version)
     except (RegistryError, BuildError) as error:
         context.log.warning(f"the verdict is not in the registry: {error}")

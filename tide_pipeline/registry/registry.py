@@ -2,7 +2,7 @@
 
     experiment  tide/<target>        one run per draft: settings, curve, the draft's files
     model       <target>-draft       one version per draft digest; tags: digest, engine_digest, parent, workload, windows, rows, ...
-    aliases     champion             follows what is served; challenger: what somebody asked for by moving it (rollout/alias.py)
+    aliases     champion             follows what is served; challenger: what is before the gate or on its way (rollout/alias.py)
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class RegisteredDraft:
     run_id: str
     name: str
     tags: Mapping[str, str] = field(default_factory=dict, compare=False)
+    created_at: float = field(default=0.0, compare=False)              # Unix seconds, by MLflow's clock
 
 
 def default_uri(config: TideConfig) -> str:
@@ -81,14 +82,14 @@ class Registry:
                                 "it was altered after training, train it again")
         tags = self._tags(checkpoint, lineage, label)
         client = self.client
-        with self._talking(f"registered of draft {found[:8]}"):
+        with self.talking(f"registered of draft {found[:8]}"):
             ensure_model(client, self.name, self.target)
             if (known := self._find(found)) is not None:
                 return known
             run_id = log_draft(client, ensure_experiment(client, self.uri, self.target), checkpoint, tags)
             source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACTS}"
             mine = client.create_model_version(self.name, source, run_id, tags=tags)
-            first = self._find(found) or self._read(mine)
+            first = self._find(found) or self.read(mine)
             if first.version != int(mine.version):                     # somebody registered the same draft meanwhile
                 client.delete_model_version(self.name, str(mine.version))
             else:
@@ -97,17 +98,22 @@ class Registry:
 
     def find(self, digest: str) -> RegisteredDraft | None:
         """The version with this draft digest."""
-        with self._talking("read"):
+        with self.talking("read"):
             return self._find(digest)
 
     def get(self, version: int) -> RegisteredDraft:
-        with self._talking("read"):
-            return self._read(self.client.get_model_version(self.name, str(int(version))))
+        with self.talking("read"):
+            return self.read(self.client.get_model_version(self.name, str(int(version))))
 
     def list(self) -> Sequence[RegisteredDraft]:
         """All versions, oldest first."""
-        with self._talking("read"):
+        with self.talking("read"):
             return self._search(f"name = '{self.name}'")
+
+    def having(self, tag: str, value: str) -> Sequence[RegisteredDraft]:
+        """Versions with this tag, oldest first."""
+        with self.talking("read"):
+            return self._search(f"name = '{self.name}' and tags.{tag} = '{value}'")
 
     def fetch(self, version: int, into: Path) -> Path:
         """Download a draft as folder `into`, whole or not at all; its bytes are checked against the recorded digest."""
@@ -117,7 +123,7 @@ class Registry:
                 if digest_draft(into) == draft.digest:
                     return into
             raise RegistryError(f"{into} exists and is not {draft.draft_version}: remove it, or fetch into another folder")
-        with self._talking(f"fetched of version {version}"):
+        with self.talking(f"fetched of version {version}"):
             into.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent) as scratch:
                 got = Path(self.client.download_artifacts(draft.run_id, ARTIFACTS, scratch))
@@ -128,50 +134,56 @@ class Registry:
     def provenance(self, version: int) -> dict[str, Any]:
         """A version's birth certificate; {} for a draft that was registered without one."""
         draft, place = self.get(version), f"{ARTIFACTS}/{PROVENANCE}"
-        with self._talking(f"fetched of version {version}"), tempfile.TemporaryDirectory() as scratch:
+        with self.talking(f"fetched of version {version}"), tempfile.TemporaryDirectory() as scratch:
             if place not in {file.path for file in self.client.list_artifacts(draft.run_id, ARTIFACTS)}:
                 return {}
             return read_provenance(Path(self.client.download_artifacts(draft.run_id, place, scratch)).parent)
 
     def aliases(self) -> Mapping[str, int]:
         """Every alias and the version it points at."""
-        with self._talking("read"):
+        with self.talking("read"):
             return {name: int(version) for name, version in self._aliases().items()}
 
     def alias(self, name: str) -> int | None:
         """The version an alias points at."""
-        with self._talking("read"):
+        with self.talking("read"):
             version = self._aliases().get(name)
             return None if version is None else int(version)
 
     def set_alias(self, name: str, version: int) -> None:
-        with self._talking(f"changed of alias {name!r}"):
+        with self.talking(f"changed of alias {name!r}"):
             self.client.set_registered_model_alias(self.name, name, str(version))
+
+    def drop_alias(self, name: str) -> None:
+        """Take an alias away; one that is not there is no error."""
+        with self.talking(f"changed of alias {name!r}"), tolerating("RESOURCE_DOES_NOT_EXIST"):
+            self.client.delete_registered_model_alias(self.name, name)
 
     def marks(self) -> Mapping[str, str]:
         """Tags of the model itself; {} before its first version."""
-        with self._talking("read"), tolerating("RESOURCE_DOES_NOT_EXIST"):
+        with self.talking("read"), tolerating("RESOURCE_DOES_NOT_EXIST"):
             return dict(self.client.get_registered_model(self.name).tags)
         return {}
 
     def mark(self, key: str, value: str) -> None:
         """Add or replace a tag of the model itself."""
-        with self._talking(f"marked of {self.name}"):
+        with self.talking(f"marked of {self.name}"):
             self.client.set_registered_model_tag(self.name, key, single_value(key, value))
 
     def tag(self, version: int, tags: Mapping[str, Any]) -> None:
         """Add or replace tags of a version, such as a gate's verdict."""
-        with self._talking(f"tagged of version {version}"):
+        with self.talking(f"tagged of version {version}"):
             for key, value in tags.items():
                 self.client.set_model_version_tag(self.name, str(version), key, single_value(key, value))
 
-    # --- inside `talking` -------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
-    def _talking(self, done: str) -> Iterator[None]:
+    def talking(self, done: str) -> Iterator[None]:
+        """Whatever goes wrong with MLflow inside is a RegistryError: nothing was `done`."""
         _ = self.client                                                # importing MLflow comes before its errors' names
         with talking(self.uri, done):
             yield
+
+    # --- inside `talking` -------------------------------------------------------------------------------------------
 
     def _tags(self, checkpoint: DraftCheckpoint, lineage: Mapping[str, Any], label: str) -> dict[str, str]:
         facts = {"target": self.target, "digest": checkpoint.digest, "engine_digest": checkpoint.engine_digest, "parent": checkpoint.parent,
@@ -194,18 +206,20 @@ class Registry:
         token = None
         while True:
             page = self.client.search_model_versions(query, max_results=200, page_token=token)
-            found = [*found, *(self._read(version) for version in page)]
+            found = [*found, *(self.read(version) for version in page)]
             token = page.token
             if not token:
                 return sorted(found, key=lambda draft: draft.version)
 
-    def _read(self, found: ModelVersion) -> RegisteredDraft:
+    def read(self, found: ModelVersion) -> RegisteredDraft:
+        """MLflow's version as ours. Raises RegistryError for one that has no digest."""
         tags, version = dict(found.tags), int(found.version)
         digest = tags.get("digest", "")
         if len(digest) < 64:
             raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, "
                                 "register the draft again")
-        return RegisteredDraft(version, f"{tags.get('label') or f'v{version}'}-{digest[:8]}", digest, found.run_id, self.name, tags)
+        return RegisteredDraft(version, f"{tags.get('label') or f'v{version}'}-{digest[:8]}", digest, found.run_id, self.name, tags,
+                               found.creation_timestamp / 1e3)
 
     def _verify(self, draft: RegisteredDraft, folder: Path) -> None:
         try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "draft"                # folder of the run's artifacts that is the checkpoint
 PROVENANCE = "provenance.json"
+EXPIRED = "tide.expired"           # tag of a run whose draft's bytes were let go (expiry.py): it is never taken up again
 BATCH = 900                        # metrics in one call; MLflow takes 1,000
 SUMMARY = ("start_acceptance_length", "replay_acceptance_length", "best_step")
 
@@ -47,7 +48,8 @@ def ensure_experiment(client: MlflowClient, uri: str, target: str) -> str:
 
 def log_draft(client: MlflowClient, experiment_id: str, checkpoint: DraftCheckpoint, tags: Mapping[str, str]) -> str:
     """Id of the finished run that holds the checkpoint."""
-    begun = client.search_runs([experiment_id], f"tags.digest = '{checkpoint.digest}'", max_results=1)
+    found = client.search_runs([experiment_id], f"tags.digest = '{checkpoint.digest}'", max_results=100)
+    begun = [run for run in found if EXPIRED not in run.data.tags]
     run = begun[0] if begun else client.create_run(experiment_id, tags=dict(tags), run_name=_run_name(checkpoint, tags))
     run_id, folder = str(run.info.run_id), Path(checkpoint.path)
     try:

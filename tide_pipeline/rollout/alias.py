@@ -1,7 +1,7 @@
 """MLflow's aliases follow what is served; one that somebody moved is put back and taken as a request. Decides nothing about drafts.
 
     champion, champion-<workload>   the version that is served, as the deployment record says
-    challenger                      the version that a person asked for by moving one of them; it goes through the gates
+    challenger                      the version on its way there (challenger.py), or that a person asked for by moving one of them
     mark followed.<alias>           where this module put an alias last: an alias that stands elsewhere was moved by somebody else
     tags request, requested_at      of a version that was asked for: waiting, then what became of it
 """
@@ -19,11 +19,11 @@ from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.errors import RegistryError
 from tide_pipeline.registry.registry import Registry
+from tide_pipeline.rollout.challenger import CHALLENGER, REQUEST, REQUESTED_AT, WAITING, follow_challenger
 from tide_pipeline.rollout.history import is_under_way
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION = "champion"
 FOLLOWED = "followed."
-REQUEST, REQUESTED_AT, WAITING = "request", "requested_at", "waiting"
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ class Request:
 
 
 def follow_alias(config: TideConfig, registry: Registry, deployment: Deployment) -> Followed:
-    """Put every alias where the record says. During a rollout nothing moves, and a draft that was never registered is passed over.
+    """Put every alias where the record says. During a rollout no champion moves, and a draft that was never registered is passed over.
 
     Raises RegistryError, BuildError.
     """
-    found = Followed()
+    found, aliases = Followed(), registry.aliases()
+    follow_challenger(config, registry, deployment, aliases.get(CHALLENGER))
     if is_under_way(deployment):
         return found
-    aliases, marks = registry.aliases(), registry.marks()
+    marks = registry.marks()
     for tag, build_id in deployment.groups["rest"].items():
         draft = registry.find(read_build(config.state.builds, config.target, build_id).draft_digest)
         if draft is None:
@@ -70,12 +71,12 @@ def follow_alias(config: TideConfig, registry: Registry, deployment: Deployment)
 
 
 def waiting_request(registry: Registry) -> Request | None:
-    """The version behind `challenger` while it waits. Raises RegistryError."""
-    version = registry.alias(CHALLENGER)
-    tags = registry.get(version).tags if version is not None else {}
-    if version is None or tags.get(REQUEST) != WAITING:
+    """The latest one: an older one may wait for a run that died. Raises RegistryError."""
+    waiting = registry.having(REQUEST, WAITING)
+    if not waiting:
         return None
-    return Request(version, tags.get("workload", "default"), tags.get(REQUESTED_AT, ""))
+    asked = max(waiting, key=lambda draft: draft.tags.get(REQUESTED_AT, ""))
+    return Request(asked.version, asked.tags.get("workload", "default"), asked.tags.get(REQUESTED_AT, ""))
 
 
 def answer_request(registry: Registry, version: int, answer: str) -> None:
