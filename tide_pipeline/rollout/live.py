@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from tide_pipeline.contracts import FinishReason
 from tide_pipeline.rollout.sequential import Gap
 
 COLUMNS = ("time", "request_id", "workload", "replica", "draft_version", "drafted", "accepted", "emitted_tokens", "duration_ms",
-           "finish_reason")
+           "finish_reason", "mean_batch_size")
 BLOCK_S = 2.0                      # stretches in which time per token is compared
 
 
@@ -39,6 +40,7 @@ class LiveRow:
     emitted: int = 0
     duration_ms: float = 0.0
     finish_reason: str = ""        # "" while the request goes on
+    batch: float = 1.0             # requests in the same steps, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,23 @@ def slowdown(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
     return Gap(mean, math.sqrt(spread / n), n)
 
 
+def slowdown_since(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """The same of stretches that lie one behind the other, for a replica with none beside it: mean logs at about the same batch size.
+
+    What changed on the machine in between counts as the draft's. `n` is of the side with fewer stretches; None where too few match.
+    """
+    a, b = _by_batch(new), _by_batch(old)
+    both = [(a[size], b[size]) for size in a.keys() & b.keys()]
+    free = sum(len(x) + len(y) - 2 for x, y in both)
+    if free < 4:
+        return None
+    weights = [len(x) * len(y) / (len(x) + len(y)) for x, y in both]
+    mean = sum(w * (fmean(x) - fmean(y)) for w, (x, y) in zip(weights, both, strict=True)) / sum(weights)
+    squares = sum((value - fmean(side)) ** 2 for pair in both for side in pair for value in side)
+    spread = squares / max(free - 2, 1)                                # wide, as above
+    return Gap(mean, math.sqrt(spread / sum(weights)), min(sum(len(x) for x, _ in both), sum(len(y) for _, y in both)))
+
+
 def error_rise(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
     """Difference of the shares of finished requests that ended with an error; None where one side finished none."""
     (a, a_variance, a_n), (b, b_variance, b_n) = _errors(new), _errors(old)
@@ -102,7 +121,7 @@ def _read(shard: Stored) -> list[LiveRow]:
         return []
     return [LiveRow(row["time"].timestamp(), row["request_id"], row["workload"], row["replica"], row["draft_version"],
                     next(iter(row["drafted"]), 0), next(iter(row["accepted"]), 0), row["emitted_tokens"], row["duration_ms"],
-                    row["finish_reason"]) for row in table.to_pylist()]
+                    row["finish_reason"], row["mean_batch_size"]) for row in table.to_pylist()]
 
 
 def _ratio(requests: list[tuple[int, int]]) -> Rate:
@@ -124,6 +143,14 @@ def _ms_per_token(rows: Iterable[LiveRow]) -> dict[int, float]:
             found[0] += row.duration_ms
             found[1] += row.emitted
     return {block: duration / emitted for block, (duration, emitted) in sums.items()}
+
+
+def _by_batch(rows: Iterable[LiveRow]) -> dict[int, list[float]]:
+    """Logs of the time per token in each stretch, by batch size: 1, 2, 3 to 5, 6 to 11, ..."""
+    sizes: dict[int, list[LiveRow]] = {}
+    for row in rows:
+        sizes.setdefault(round(math.log2(max(row.batch, 1.0))), []).append(row)
+    return {size: [math.log(ms) for ms in _ms_per_token(found).values()] for size, found in sizes.items()}
 
 
 def _errors(rows: Iterable[LiveRow]) -> tuple[float, float, int]:
