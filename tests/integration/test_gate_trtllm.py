@@ -27,6 +27,7 @@ from tide_pipeline.gate.offline import replay_device
 from tide_pipeline.gate.run import load_report, run_gate
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target
+from tide_pipeline.report.page import _gates as gates_section
 from tide_pipeline.rollout.promote import check_verdict
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -71,6 +72,7 @@ def test_acceptance_opens_the_gate_and_the_canary_is_left_the_rest(made: Made) -
     assert report.paired.gain_low > 0.05 and verdict.doors["offline"]["challenger_first_position"] > 0.3
     assert load_report(config, builds["good"].build_id) == report
     assert set(timed(report)) == {"not_measured_here"}, "an asset's metadata"
+    assert all(words in gates_section([verdict]) for words in ("on the canary", "not asked")), "the report page"
     check_verdict(config, builds["good"], verdict)
 
 

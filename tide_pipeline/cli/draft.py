@@ -173,8 +173,9 @@ def gate(
 
 
 def _state(door: dict[str, Any]) -> str:
-    """One word for a door; of one that was not asked here, where it is."""
-    return {"canary": "on the canary", "nowhere": "not asked"}.get(door.get("measured_on", ""), "passed" if door["passed"] else "closed")
+    from tide_pipeline.gate.judge import ELSEWHERE
+
+    return ELSEWHERE.get(door.get("measured_on", ""), "passed" if door["passed"] else "closed")
 
 
 def _lengths(build: Path) -> str:

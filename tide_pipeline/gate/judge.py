@@ -24,6 +24,7 @@ ON_CANARY = {
                   "reason": "timed on the canary: the gate can't run this engine, so live traffic is, beside the draft it replaces"},
     "equivalence": {"passed": True, "measured_on": "nowhere",
                     "reason": "not measured: this engine's own verification decides which tokens are emitted"}}
+ELSEWHERE = {"canary": "on the canary", "nowhere": "not asked"}        # what people read of a door that was not asked here
 Door = dict[str, Any]
 
 Z_95 = 1.96

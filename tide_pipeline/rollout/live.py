@@ -2,7 +2,7 @@
 
 Steps of one request are alike, so the error of a rate is counted over requests (a ratio estimator), and is never smaller than
 that of independent steps. Time per token is compared within stretches of time, both sides at once: what slows the whole machine is no
-difference between them.
+difference between them. Stretches that are like the one before them count for less.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 import pyarrow as pa
@@ -81,13 +82,13 @@ def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool] = lambda r
 def slowdown(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
     """Log of the time per token, new over old, averaged over the stretches in which both answered; None where there are fewer than 4."""
     a, b = _ms_per_token(new), _ms_per_token(old)
-    logs = [math.log(a[block] / b[block]) for block in a.keys() & b.keys()]
+    logs = [math.log(a[block] / b[block]) for block in sorted(a.keys() & b.keys())]
     n = len(logs)
     if n < 4:
         return None
     mean = sum(logs) / n
     spread = sum((x - mean) ** 2 for x in logs) / (n - 3)              # few blocks know their own spread badly: as Student's t is wide
-    return Gap(mean, math.sqrt(spread / n), n)
+    return Gap(mean, math.sqrt(spread / n) * _alike([logs]), n)
 
 
 def slowdown_since(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
@@ -104,7 +105,8 @@ def slowdown_since(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None
     mean = sum(w * (fmean(x) - fmean(y)) for w, (x, y) in zip(weights, both, strict=True)) / sum(weights)
     squares = sum((value - fmean(side)) ** 2 for pair in both for side in pair for value in side)
     spread = squares / max(free - 2, 1)                                # wide, as above
-    return Gap(mean, math.sqrt(spread / sum(weights)), min(sum(len(x) for x, _ in both), sum(len(y) for _, y in both)))
+    error = math.sqrt(spread / sum(weights)) * _alike([side for pair in both for side in pair])
+    return Gap(mean, error, min(sum(len(x) for x, _ in both), sum(len(y) for _, y in both)))
 
 
 def error_rise(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
@@ -150,7 +152,16 @@ def _by_batch(rows: Iterable[LiveRow]) -> dict[int, list[float]]:
     sizes: dict[int, list[LiveRow]] = {}
     for row in rows:
         sizes.setdefault(round(math.log2(max(row.batch, 1.0))), []).append(row)
-    return {size: [math.log(ms) for ms in _ms_per_token(found).values()] for size, found in sizes.items()}
+    return {size: [math.log(ms) for _, ms in sorted(_ms_per_token(found).items())] for size, found in sizes.items()}
+
+
+def _alike(sides: Sequence[Sequence[float]]) -> float:
+    """How much wider an error is because a stretch is like the one before it: sqrt((1 + r) / (1 - r)), r their correlation."""
+    off = [[value - fmean(side) for value in side] for side in sides]
+    squares = sum(x * x for side in off for x in side)
+    products = sum(x * y for side in off for x, y in pairwise(side))
+    r = min(max(products / squares, 0.0), 0.9) if squares else 0.0
+    return math.sqrt((1 + r) / (1 - r))
 
 
 def _errors(rows: Iterable[LiveRow]) -> tuple[float, float, int]:
