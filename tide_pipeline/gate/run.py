@@ -80,8 +80,8 @@ def load_report(config: TideConfig, build_id: str) -> GateReport:
     file = report_file(config, build_id)
     try:
         found = json.loads(file.read_text())
-        benches = [from_dict(BenchmarkReport, bench) if bench else None for bench in (found["champion_bench"], found["challenger_bench"])]
-        return GateReport(from_dict(GateVerdict, found["verdict"]), from_dict(PairedAcceptance, found["paired"]), *benches,
+        old, new = (from_dict(BenchmarkReport, bench) if bench else None for bench in (found["champion_bench"], found["challenger_bench"]))
+        return GateReport(from_dict(GateVerdict, found["verdict"]), from_dict(PairedAcceptance, found["paired"]), old, new,
                           found["workload"], found["build_id"])
     except FileNotFoundError as error:
         raise GateNotPassed(f"build {build_id} has no gate report: run `tide gate` first") from error

@@ -135,7 +135,7 @@ def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> li
     return read_fitting(held_out_windows(split, per_workload), head)
 
 
-def read_fitting(windows: Iterable[SignalWindow], head: TargetHead) -> list[WindowStates]:
+def read_fitting(windows: Sequence[SignalWindow], head: TargetHead) -> list[WindowStates]:
     """States of windows, oldest first, without those that do not fit the engine."""
     found = [states for states in read_states(windows) if not misfit(states, head)]
     return sorted(found, key=lambda s: (s.window.closed_at, s.window.uri, s.window.row))
