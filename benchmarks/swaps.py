@@ -27,7 +27,7 @@ from options import finish, parser, settle
 
 from tide_pipeline.contracts import ANY_WORKLOAD, EngineBuild, FinishReason, GenerationRequest, TokenChunk
 from tide_pipeline.engine.embedded import EmbeddedEngine
-from tide_pipeline.gate.bench import Equivalence, check_equivalence
+from tide_pipeline.gate.equivalence import Equivalence, check_equivalence
 
 SWAPS, STEADY = "swaps", "steady"
 PROMPT_CHARS = 120

@@ -36,14 +36,18 @@ def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> Ti
 
 
 class FakeReplica:
-    """One replica's agent and traffic. `rates` maps draft digests to first-position acceptance; others get 0.5."""
+    """One replica's agent and traffic. `rates` maps draft digests to first-position acceptance; others get 0.5.
+
+    `slow` is the digest of a draft whose steps take twice the time; `start_s` is how long a change of draft takes.
+    """
 
     def __init__(self, config: TideConfig, name: str, *, rates: dict[str, float] | None = None, traffic: bool = True,
-                 breaks_on: str = "", dies_on: str = "", workload: str = "de") -> None:
+                 breaks_on: str = "", dies_on: str = "", workload: str = "de", slow: str = "", start_s: float = 0.0) -> None:
         self.config, self.name, self.rates, self.traffic, self.workload = config, name, rates or {}, traffic, workload
         self.breaks_on, self.dies_on = breaks_on, dies_on              # digest whose build it can't load, or that kills it
         self.record = DeploymentRecord(config.state.deployments, config.target)
-        self.applied, self.error = 0, ""
+        self.slow, self.start_s, self._ready_at = slow, start_s, 0.0
+        self.applied, self.error, self.serving_since = 0, "", 0.0
         self.served: dict[str, EngineBuild] = {}
         self.digests_seen: list[dict[str, str]] = []
         self._rng = random.Random(name)
@@ -76,7 +80,7 @@ class FakeReplica:
 
     def _poll(self) -> bool:
         desired = self.record.latest()
-        if desired is not None and desired.n > self.applied:
+        if desired is not None and desired.n > self.applied and self._is_started(desired.drafts_for(self.name)):
             try:
                 drafts = {tag: self._load(build_id) for tag, build_id in desired.drafts_for(self.name).items()}
             except BuildError as error:
@@ -84,11 +88,23 @@ class FakeReplica:
             else:
                 if self.dies_on and any(b.draft_digest == self.dies_on for b in drafts.values()):
                     return False
+                self.serving_since = self.serving_since if drafts == self.served else time.time()
                 self.served, self.applied, self.error = drafts, desired.n, ""
                 self.digests_seen.append({tag: b.draft_digest for tag, b in drafts.items()})
         write_observed(self.config.state.observed, ObservedState(
             self.name, self.config.target, self.applied, {t: b.build_id for t, b in self.served.items()},
-            {t: b.draft_digest for t, b in self.served.items()}, 2.0, 100.0 if self.traffic else 0.0, self.error, time.time(), 0))
+            {t: b.draft_digest for t, b in self.served.items()}, 2.0, 100.0 if self.traffic else 0.0, self.error, time.time(), 0,
+            0, self.serving_since))
+        return True
+
+    def _is_started(self, drafts: dict[str, str]) -> bool:
+        """Whether the server that can serve these is up; meanwhile the old one goes on."""
+        if not self.start_s or not self.served or drafts == {tag: b.build_id for tag, b in self.served.items()}:
+            return True
+        self._ready_at = self._ready_at or time.monotonic() + self.start_s
+        if time.monotonic() < self._ready_at:
+            return False
+        self._ready_at = 0.0
         return True
 
     def _load(self, build_id: str) -> EngineBuild:
@@ -102,7 +118,8 @@ class FakeReplica:
         rate = self.rates.get(build.draft_digest, 0.5) if build else 0.0
         accepted = sum(self._rng.random() < rate for _ in range(16))
         version, length = (build.draft_version, 3) if build else ("", 0)
+        took_ms = 60.0 if build and build.draft_digest == self.slow else 30.0
         kept = (accepted, accepted // 2, accepted // 4)[:length]
         self._writer.offer_row(AcceptanceRow(
             time.time(), f"{self.name}-{time.time_ns()}", self.workload, "acme", self.name, "engine", version, "auto", 0.0, length, False,
-            16, (16,) * length, kept, 16 + sum(kept), 1.0, 30.0, 8, "length", 5.0))
+            16, (16,) * length, kept, 16 + sum(kept), 1.0, took_ms, 8, "length", 5.0))

@@ -21,7 +21,7 @@ ENGINE: dict[str, Any] = {
                      "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 8192, "rope_theta": 1e4, "rms_norm_eps": 1e-5},
     "draft": {"repo": "owner/small-eagle3", "revision": "f" * 40, "vocab_size": 100}}
 BASE: dict[str, Any] = {
-    "stack": {"start_timeout_s": 900.0}, "rollout": {"heartbeat_s": 1e3, "serve_timeout_s": 1.2e3, "bake_s": 1.2e3, "max_bake_s": 3.6e3}}
+    "stack": {"start_timeout_s": 900.0}, "rollout": {"serve_timeout_s": 1.2e3, "bake_s": 1.2e3, "max_bake_s": 3.6e3}}
 RECIPES: dict[str, Any] = {
     "base": BASE,
     "serve": {"h100": {"serve": {"gpu": "h100", "max_batch": 8, "prefill_chunk": 1024}}},

@@ -150,7 +150,7 @@ class GateSettings:
     bench_tokens: int = 48
     min_speedup_ratio: float = 1.0     # challenger's tokens/s over champion's, median
     equivalence_prompts: int = 16
-    epsilon: float = 1e-4              # logit gap below which two tokens count as tied (fp32)
+    epsilon: float = 1e-4              # logit gap below which two tokens count as tied in fp32; in bf16 see gate/equivalence.py
 
 
 @dataclass(frozen=True)

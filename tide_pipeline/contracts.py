@@ -283,7 +283,7 @@ class GateVerdict:
     """Passed or not, each door with its numbers. `promote()` reads it again."""
 
     passed: bool
-    doors: dict[str, dict[str, Any]]     # name -> {"passed": bool, "reason": str, numbers ...}
+    doors: dict[str, dict[str, Any]]     # name -> {"passed": bool, "reason": str, numbers ...}; "measured_on": not here but there
     champion: str
     challenger: str
     challenger_digest: str
@@ -291,6 +291,11 @@ class GateVerdict:
     @property
     def reasons(self) -> str:
         return "; ".join(f"{name}: {door['reason']}" for name, door in self.doors.items())
+
+    @property
+    def deferred(self) -> tuple[str, ...]:
+        """Doors that were opened for the canary alone: what they ask is measured there, before any other replica serves the draft."""
+        return tuple(name for name, door in self.doors.items() if door.get("measured_on") == "canary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +314,7 @@ class Deployment:
     began: int = 0                       # number of the record that opened the rollout this one belongs to; 0 where there is none
     hold: str = ""                       # "paused": the rollout waits; "pinned": no rollout may begin
     first_position: float = 0.0          # accepted first draft tokens of the rollout's draft in the gate; 0 where none was asked
+    deferred: tuple[str, ...] = ()       # doors of the gate that the canary has yet to open
 
     def drafts_for(self, replica: str) -> dict[str, str]:
         """Workload tag -> build id that `replica` should serve."""
@@ -331,6 +337,7 @@ class ObservedState:
     at: float
     pid: int
     needs_restart: int = 0               # number of a deployment that only a new server can serve; 0 for none
+    serving_since: float = 0.0           # Unix seconds of the first report with these drafts; 0 where an older version reports
 
 
 def to_json(record: Any) -> str:

@@ -26,10 +26,10 @@ from tests.helpers import (
 )
 from tide_pipeline.contracts import EngineBuild, FinishReason, StepEvent
 from tide_pipeline.engine.embedded import EmbeddedEngine
+from tide_pipeline.gate.equivalence import ROUNDING, Equivalence, check_equivalence
 from tide_pipeline.models.target import Target
 
 pytestmark = pytest.mark.gpu
-ROUNDING = 2**-6                   # of the largest logit: passes of different shape round a bf16 logit to neighbours of each other
 REQUESTS = [ask(f"r{i}", "some text " * (1 + i % 4), speculation=how, max_tokens=16 + 4 * i, ignore_eos=True)
             for i, how in enumerate(("auto", "off", "4", "2", "auto", "3", "1"))]
 
@@ -65,6 +65,17 @@ def test_greedy_tokens_are_the_targets(tiny_dir: Path, tiny_build: EngineBuild, 
             for request, answer in zip(REQUESTS, answers, strict=True)]
     assert [len(a.tokens) for a in answers] == [r.sampling.max_tokens for r in REQUESTS]
     assert sum(ties) <= 0.2 * sum(len(a.tokens) for a in answers) and engine.stats().accepted_tokens > 0
+
+
+def test_the_gate_finds_the_same(tiny_dir: Path, tiny_build: EngineBuild, device: torch.device) -> None:
+    """Its check works on a target whose logits are on the GPU: ids from the host, bf16 tolerance, wrong tokens found."""
+    engine = engine_on(device, tiny_dir, tiny_build)
+    right, wrong = Equivalence(), Equivalence()
+    for request, answer in zip(REQUESTS, generate(engine, *REQUESTS), strict=True):
+        prompt = engine.codec.encode(request.prompt)
+        check_equivalence(engine.target, prompt, answer.tokens, 1e-4, right)
+        check_equivalence(engine.target, prompt, [0 if token else 1 for token in answer.tokens], 1e-4, wrong)
+    assert right.mismatches == 0 and right.compared == sum(r.sampling.max_tokens for r in REQUESTS) and wrong.mismatches > 0
 
 
 def test_captured_states_are_those_of_a_plain_pass(tiny_dir: Path, tiny_build: EngineBuild, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The real Triton server on the TensorRT-LLM backend, with the stand-in on PYTHONPATH: what clients of the embedded engine see, on the
-repository that `tide build` rendered; the lake; and a rollout in which a new server takes over, beside the old one or in its place."""
+repository that `tide build` rendered; the lake; and a rollout, judged by the gate and timed on its canary, in which a new server takes
+over, beside the old one or in its place."""
 
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ from typer.testing import CliRunner
 
 from tests.built import BuiltReplica
 from tests.helpers import ask
-from tests.integration.test_rollout import passed
 from tests.integration.test_triton import (  # noqa: F401 the same tests, of this module's server
     state_of,
     supervise,
@@ -41,10 +41,12 @@ from tests.trtllm import KnownNetwork, write_trtllm_place
 from tests.trtllm_stand_in import write_stand_in
 from tide_pipeline.capture.reader import list_windows, read_states
 from tide_pipeline.cli import app
+from tide_pipeline.config import override
 from tide_pipeline.contracts import EngineBuild, GenerationRequest, from_dict
 from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.engine.text import TextCodec
 from tide_pipeline.errors import InvalidRequest
+from tide_pipeline.gate.run import run_gate
 from tide_pipeline.rollout.promote import promote
 from tide_pipeline.serve.client import TritonClient
 from tide_pipeline.serve.front.replicas import ReplicaSpec, read_replicas, write_replicas
@@ -52,7 +54,9 @@ from tide_pipeline.serve.process import group_members
 from tide_pipeline.serve.triton import TritonReplica
 
 SERVE = {"serve": {"gpu": "h100", "max_batch": 8, "queue_size": 8, "agent_poll_s": 0.1, "report_s": 0.2},
-         "capture": {"mode": "on", "flush_s": 0.2}, "rollout": {"bake_s": 1.0, "min_bake_steps": 10, "max_bake_s": 240.0}}
+         "capture": {"mode": "on", "flush_s": 0.2}}
+JUDGED = {"gate": {"min_gain": -1.0, "max_workload_loss": 1.0, "min_prompts": 4, "bootstrap": 100}, "training": {"eval_share": 0.5},
+          "rollout": {"bake_s": 1.0, "min_bake_steps": 10, "max_bake_s": 240.0, "max_slowdown": 4.0}}      # a machine full of tests
 ADDRESSES = ("http_url", "grpc_url", "metrics_url")
 
 
@@ -78,9 +82,9 @@ def replica(place: Place, on_path: None) -> Iterator[TritonReplica]:
         yield running
 
 
-def tide_build(place: Place, *words: str) -> EngineBuild:
+def tide_build(place: Place, *words: str, noise: float = 0.1, seed: int = 0) -> EngineBuild:
     """By the command, of a draft in a folder."""
-    draft = Path(place.build(f"v{len(words)}-for-its-draft").path) / "draft"
+    draft = Path(place.build(f"v{len(words)}-for-its-draft", noise=noise, seed=seed).path) / "draft"
     done = CliRunner().invoke(app, ["build", "--config", str(place.config_file), "--backend", "trtllm", "--trtllm", "1.3", "--json",
                                     "--draft", str(draft), *words])
     assert done.exit_code == 0, done.stderr
@@ -129,9 +133,13 @@ def test_states_reach_the_lake_bit_for_bit(tmp_path: Path, on_path: None) -> Non
         assert torch.equal(states.taps_TG, known.states(text[:-1], start)) and len(states.rejected_R2) > 0
 
 
-def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path: Path, on_path: None) -> None:
+def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path: Path, on_path: None,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate judges what the server captured, and loads no engine; the only replica is timed against its own past."""
+    monkeypatch.setattr("tide_pipeline.rollout.live.BLOCK_S", 0.3)
     place, file = write_trtllm_place(tmp_path, "1.3", SERVE), tmp_path / "supervisor.json"
-    first, second = place.build("v1-one"), place.build("v2-two", noise=0.3, seed=3)
+    first, second = tide_build(place), tide_build(place, noise=0.3, seed=3)
+    old, new = first.draft_version, second.draft_version
     place.deploy({"*": first.build_id})
     replicas = tmp_path / "replicas.json"
     write_replicas(replicas, [ReplicaSpec("replica-0", "http://127.0.0.1:1")])
@@ -144,7 +152,8 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
         while not done.is_set():
             number += 1
             try:
-                request = GenerationRequest(f"load-{number}", "hello world", ask("", "", max_tokens=24, ignore_eos=True).sampling)
+                sampling = ask("", "", max_tokens=24, ignore_eos=True).sampling
+                request = GenerationRequest(f"load-{number}", f"hello world {number % 40}", sampling)
                 result = TritonClient(read_replicas(replicas)[0].url, "tiny").generate(request)
                 assert result.num_output_tokens == 24
                 versions.append(result.draft_version)
@@ -156,14 +165,19 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
         before = state_of(file)
         worker = threading.Thread(target=load)
         worker.start()
-        until(lambda: len(versions) >= 3, 120)
-        deployment = promote(place.config, second, passed(second), who="test", reason="a new draft")
-        until(lambda: versions[-1] == "v2-two", 120)
+        until(lambda: len(versions) >= 40, 120)
+        time.sleep(4.0)                                              # its past: stretches of time, and windows in the lake
+        config = override(place.config, JUDGED)
+        verdict = run_gate(config, second, first, workload="default").verdict
+        assert verdict.passed and verdict.deferred == ("benchmark",) and verdict.champion == old, verdict.reasons
+        deployment = promote(config, second, verdict, who="test", reason="a new draft")
+        until(lambda: versions[-1] == new, 120)
         done.set()
         worker.join()
         after, seen = state_of(file), read_observed(place.config.state.observed, "tiny")["replica-0"]
-        assert deployment.stage == "stable" and (seen.drafts, seen.needs_restart, seen.error) == ({"*": second.build_id}, 0, "")
-        assert not failures and set(versions) == {"v1-one", "v2-two"} and versions == sorted(versions)
+        assert deployment.stage == "stable" and "time per token" in deployment.reason, deployment.reason
+        assert (seen.drafts, seen.needs_restart, seen.error) == ({"*": second.build_id}, 0, "")
+        assert not failures and set(versions) == {old, new} and versions == sorted(versions, key=[old, new].index)
         assert after["successions"] == 1 and after["restarts"] == 0 and after["triton_pid"] != before["triton_pid"]
         until(lambda: not group_members(before["triton_pid"]), 60)
     finally:

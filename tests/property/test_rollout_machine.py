@@ -35,6 +35,7 @@ from tide_pipeline.rollout.history import (
 )
 from tide_pipeline.rollout.live import Rate
 from tide_pipeline.rollout.plan import Action, Kind, Sight, next_action, next_count, record_of
+from tide_pipeline.rollout.sequential import Gap
 
 NAMES = tuple(f"replica-{i}" for i in range(4))
 DIGESTS = {"old": "0" * 64, "new1": "1" * 64, "new2": "2" * 64}
@@ -43,6 +44,9 @@ BETTER = Evidence(Rate(0.8, 0.01, 1000, 100), Rate(0.5, 0.01, 1000, 100), has_tr
 WORSE = Evidence(Rate(0.2, 0.01, 1000, 100), Rate(0.5, 0.01, 1000, 100), has_traffic=True)
 UNCLEAR = Evidence(Rate(0.4, 0.05, 40, 10), Rate(0.5, 0.05, 40, 10), has_traffic=True)
 QUIET = Evidence(Rate(0.0, 0.0, 0))
+AS_FAST = Gap(0.0, 0.01, 20)
+TIMED = dataclasses.replace(BETTER, slower=AS_FAST, slower_than="beside it")
+SOMEHOW_TIMED = dataclasses.replace(BETTER, slower=Gap(0.1, 0.15, 20))
 
 
 class Record:
@@ -67,11 +71,12 @@ class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.record, self.now, self.evidence = Record(), 1000.0, QUIET
-        self.states = {name: self._state(name) for name in NAMES}
+        self.states = {name: self._follow(name, self.record.latest(), self.now) for name in NAMES}
         self.silent: set[str] = set()
         self.refusing: set[str] = set()
         self.cheating: set[str] = set()
-        self.minds: list[tuple[Deployment, Action] | None] = [None, None]      # what each driver read and decided, not yet written
+        self.starting: set[str] = set()
+        self.minds: list[tuple[Deployment, Sight, Action] | None] = [None, None]       # what each driver read and decided, not yet written
 
     # --- what happens outside ---------------------------------------------------------------------------------------
 
@@ -80,14 +85,14 @@ class World(RuleBasedStateMachine):
         self.now += seconds
         self._report()
 
-    @rule(name=st.sampled_from(NAMES), what=st.sampled_from(["silent", "refusing", "cheating", "well"]))
+    @rule(name=st.sampled_from(NAMES), what=st.sampled_from(["silent", "refusing", "cheating", "starting", "well"]))
     def a_replica_changes(self, name: str, what: str) -> None:
-        for troubled in (self.silent, self.refusing, self.cheating):
+        for troubled in (self.silent, self.refusing, self.cheating, self.starting):
             troubled.discard(name)
         if what != "well":
             getattr(self, what).add(name)
 
-    @rule(evidence=st.sampled_from([BETTER, WORSE, UNCLEAR, QUIET]))
+    @rule(evidence=st.sampled_from([BETTER, WORSE, UNCLEAR, QUIET, TIMED, SOMEHOW_TIMED]))
     def traffic_says(self, evidence: Evidence) -> None:
         self.evidence = evidence
 
@@ -97,33 +102,41 @@ class World(RuleBasedStateMachine):
     def a_driver_reads(self, driver: int) -> None:
         """And may die before it writes: then this is all there was of it."""
         latest = self.record.latest()
-        self.minds[driver] = (latest, next_action(latest, self._sight(), SETTINGS))
+        self.minds[driver] = (latest, self._sight(), next_action(latest, self._sight(), SETTINGS))
 
     @rule(driver=st.integers(0, 1))
     def a_driver_writes(self, driver: int) -> None:
         mind, self.minds[driver] = self.minds[driver], None
         if mind is None:
             return
-        latest, action = mind
+        latest, sight, action = mind
         wanted = record_of(action, latest, f"driver {driver}", "title")
         is_stale = latest.n != self.record.latest().n
         if wanted is None:
             return
+        if latest.stage == CANARY and wanted.stage in (ROLLING, STABLE):
+            self._was_baked(latest, sight)
         if is_stale:
             with pytest.raises(DeploymentConflict):
                 self.record.append(wanted, self.now)
         else:
             self.record.append(wanted, self.now)
 
+    def _was_baked(self, latest: Deployment, sight: Sight) -> None:
+        """Each canary has served it for so long, whenever it began to; what the gate left to them was measured."""
+        assert all(sight.replicas[name].drafts == latest.groups["canary"] for name in latest.canary_replicas)
+        assert all(sight.now - sight.replicas[name].serving_since >= SETTINGS.bake_s for name in latest.canary_replicas)
+        assert not latest.deferred or sight.evidence in (TIMED, SOMEHOW_TIMED)
+
     # --- people -----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: not is_under_way(self.record.latest()))
-    @rule(build=st.sampled_from(["new1", "new2"]), canaries=st.integers(1, 2))
-    def a_rollout_is_opened(self, build: str, canaries: int) -> None:
+    @rule(build=st.sampled_from(["new1", "new2"]), canaries=st.integers(1, 2), deferred=st.sampled_from([(), ("benchmark",)]))
+    def a_rollout_is_opened(self, build: str, canaries: int, deferred: tuple[str, ...]) -> None:
         live = [name for name in NAMES if name not in self.silent]
         if rest_of(self.record.latest())["*"] != build and len(live) > canaries:
             self._report()
-            self.record.append(opened(self.record.latest(), "t", "*", build, live[:canaries], "run", "drift"), self.now)
+            self.record.append(opened(self.record.latest(), "t", "*", build, live[:canaries], "run", "drift", deferred=deferred), self.now)
 
     @precondition(lambda self: is_under_way(self.record.latest()))
     @rule(what=st.sampled_from(["pause", "resume", "abort"]))
@@ -159,7 +172,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def a_rollout_comes_to_an_end_when_the_world_calms_down(self) -> None:
         """From wherever we are, by a driver that knows nothing but the record."""
-        copy, now = Record(), self.now
+        copy, now, states = Record(), self.now, dict(self.states)
         copy.all = list(self.record.all)
         if copy.latest().hold == PAUSED:
             copy.append(held(copy.latest(), "", "me", "resume"), now)
@@ -168,30 +181,32 @@ class World(RuleBasedStateMachine):
             if not is_under_way(latest):
                 break
             now += 3.0
-            states = {name: self._follow(name, latest, now) for name in NAMES}
+            states = {name: self._follow(name, latest, now, states.get(name)) for name in NAMES}
             wanted = record_of(next_action(latest, Sight(states, DIGESTS, UNCLEAR, now), SETTINGS), latest, "driver", "title")
             if wanted is not None:
                 copy.append(wanted, now)
         assert copy.latest().stage in (STABLE, ROLLED_BACK)
+        if is_under_way(self.record.latest()) and self.record.latest().stage == CANARY and self.record.latest().deferred:
+            assert copy.latest().stage == ROLLED_BACK, "nothing was timed"
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def _sight(self) -> Sight:
         return Sight(dict(self.states), DIGESTS, self.evidence, self.now)
 
-    def _state(self, name: str) -> ObservedState:
-        return self._follow(name, self.record.latest(), self.now)
-
-    def _follow(self, name: str, latest: Deployment, now: float) -> ObservedState:
+    def _follow(self, name: str, latest: Deployment, now: float, before: ObservedState | None = None) -> ObservedState:
         drafts = latest.drafts_for(name)
-        return ObservedState(name, "t", latest.n, drafts, {tag: DIGESTS[b] for tag, b in drafts.items()}, 2.0, 100.0, "", now, 1)
+        since = before.serving_since if before is not None and before.drafts == drafts else now
+        return ObservedState(name, "t", latest.n, drafts, {tag: DIGESTS[b] for tag, b in drafts.items()}, 2.0, 100.0, "", now, 1, 0, since)
 
     def _report(self) -> None:
         for name in NAMES:
             if name in self.silent:
                 continue
-            state = self._state(name)
-            if name in self.refusing:
+            state = self._follow(name, self.record.latest(), self.now, self.states[name])
+            if name in self.starting and state.drafts != self.states[name].drafts:
+                state = dataclasses.replace(self.states[name], at=self.now)
+            elif name in self.refusing:
                 state = dataclasses.replace(self.states[name], error="can't load it", at=self.now)
             elif name in self.cheating:
                 state = dataclasses.replace(state, draft_digests=dict.fromkeys(state.drafts, "f" * 64))
@@ -202,8 +217,9 @@ TestWorld = World.TestCase
 TestWorld.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-def canary(now: float = 1000.0, stage: str = CANARY, replicas: tuple[str, ...] = NAMES[:1]) -> Deployment:
-    return Deployment(2, "t", {"rest": {"*": "old"}, "canary": {"*": "new1"}}, replicas, stage, "run", "drift", now, "*", 2)
+def canary(deferred: tuple[str, ...] = ()) -> Deployment:
+    return Deployment(2, "t", {"rest": {"*": "old"}, "canary": {"*": "new1"}}, NAMES[:1], CANARY, "run", "drift", 1000.0, "*", 2,
+                      deferred=deferred)
 
 
 def sight(latest: Deployment, evidence: Evidence, age: float, **change: object) -> Sight:
@@ -235,6 +251,57 @@ def sight(latest: Deployment, evidence: Evidence, age: float, **change: object) 
 def test_each_rule_of_the_canary(evidence: Evidence, age: float, change: dict[str, object], kind: Kind, says: str) -> None:
     found = next_action(canary(), sight(canary(), evidence, age, **change), SETTINGS)
     assert found.kind is kind and says in found.reason
+
+
+SLOW_START = dataclasses.replace(SETTINGS, serve_timeout_s=600.0)     # bake_s 5, max_bake_s 60
+LATE = {"serving_since": 1300.0}       # a server that started for five minutes
+
+
+@pytest.mark.parametrize(("evidence", "age", "change", "kind", "says"), [
+    (QUIET, 299.0, {"deployment": 1, "drafts": {"*": "old"}}, Kind.WAIT, "waiting for replica-0"),
+    (QUIET, 301.0, LATE, Kind.WAIT, "bake 1 s: no drafted step"),
+    (BETTER, 304.0, LATE, Kind.WAIT, "bake 4 s"),
+    (BETTER, 306.0, LATE, Kind.WIDEN, "drop -0.30"),
+    (UNCLEAR, 359.0, LATE, Kind.WAIT, "bake 59 s"),
+    (UNCLEAR, 361.0, LATE, Kind.WIDEN, "drop +0.10"),
+    (WORSE, 301.0, LATE, Kind.BACK, "drop +0.30"),
+    (UNCLEAR, 671.0, {"serving_since": 1650.0}, Kind.BACK, "began to serve it anew 21 s ago"),
+    (UNCLEAR, 361.0, {"serving_since": 0.0}, Kind.WIDEN, "drop +0.10"),         # an older version does not say
+])
+def test_a_bake_begins_when_the_canary_serves(evidence: Evidence, age: float, change: dict[str, object], kind: Kind, says: str) -> None:
+    found = next_action(canary(), sight(canary(), evidence, age, **change), SLOW_START)
+    assert found.kind is kind and says in found.reason
+
+
+@pytest.mark.parametrize(("evidence", "age", "change", "kind", "says"), [
+    (BETTER, 30.0, {}, Kind.WAIT, "not timed yet, too few stretches"),
+    (BETTER, 61.0, {}, Kind.BACK, "60 s did not time it, too few stretches of time to compare old and new in with 10 needed: send canary "
+                                  "and controls more traffic, or raise rollout.max_bake_s"),
+    (dataclasses.replace(BETTER, slower=Gap(0.0, 0.01, 9)), 61.0, {}, Kind.BACK, "9 stretches"),
+    (QUIET, 11.0, {}, Kind.WAIT, "0 drafted steps of 0 requests"),
+    (QUIET, 61.0, {}, Kind.BACK, "0 drafted steps of 0 requests with 30 of 8 needed: send canary"),
+    (dataclasses.replace(TIMED, new=Rate(0.8, 0.1, 20, 5)), 61.0, {}, Kind.BACK, "20 drafted steps of 5 requests"),
+    (QUIET, 361.0, LATE, Kind.BACK, "0 drafted steps"),
+    (BETTER, 359.0, LATE, Kind.WAIT, "not timed yet"),
+    (TIMED, 6.0, {}, Kind.WIDEN, "time per token, log ratio +0.00"),
+    (TIMED, 4.0, {}, Kind.WAIT, "bake 4 s"),
+    (SOMEHOW_TIMED, 30.0, {}, Kind.WAIT, "time per token, log ratio +0.10"),     # the interval lies across what is allowed
+    (SOMEHOW_TIMED, 61.0, {}, Kind.WIDEN, "time per token, log ratio +0.10"),
+    (dataclasses.replace(BETTER, slower=Gap(0.3, 0.05, 20)), 61.0, {}, Kind.BACK, "time per token, log ratio +0.30"),
+    (dataclasses.replace(BETTER, slower=Gap(0.9, 0.05, 20)), 1.0, {}, Kind.BACK, "time per token, log ratio +0.90"),
+    (dataclasses.replace(WORSE, slower=AS_FAST), 6.0, {}, Kind.BACK, "drop +0.30"),
+])
+def test_what_the_gate_left_to_the_canary_is_measured_there(evidence: Evidence, age: float, change: dict[str, object], kind: Kind,
+                                                           says: str) -> None:
+    """A TensorRT-LLM draft goes no wider before it was timed; with a benchmark of the gate the same sights do without."""
+    found = next_action(canary(("benchmark",)), sight(canary(), evidence, age, **change), SLOW_START)
+    assert found.kind is kind and says in found.reason
+
+
+def test_a_pause_holds_what_was_not_timed() -> None:
+    paused = held(canary(("benchmark",)), PAUSED, "me", "lunch")
+    paused = dataclasses.replace(paused, created_at=1000.0)
+    assert next_action(paused, sight(paused, QUIET, 300.0), SETTINGS).kind is Kind.WAIT
 
 
 def test_steps_go_to_all_and_then_it_is_settled() -> None:

@@ -143,7 +143,7 @@ def test_the_quickstart_makes_settings_for_a_large_target_of_its_recipe() -> Non
     assert (config.engine, config.training.draft_vocab_size) == (recipe.engine, 0) and config.rollout == recipe.rollout
     assert config.training == replace(recipe.training, device="cuda") and config.serve == recipe.serve and config.stack == ours.stack
     assert (config.engines_dir, config.state_dir, config.lake) == (ours.engines_dir, ours.state_dir, ours.lake)
-    assert ours.stack.start_timeout_s < config.rollout.heartbeat_s
+    assert ours.stack.start_timeout_s < config.rollout.serve_timeout_s
 
 
 def test_the_secrets_script_writes_what_compose_asks_for(compose: Compose, tmp_path: Path) -> None:

@@ -108,9 +108,8 @@ def test_faults_of_recipes(tables: Mapping[str, Any], check: str, message: str, 
 
 @pytest.mark.parametrize(("base", "message"), [
     ({}, r"stack\.start_timeout_s = 180: .*set it to 600 or more"),
-    ({"stack": {"start_timeout_s": 900.0}, "rollout": {"serve_timeout_s": 900.0, "bake_s": 1e3, "max_bake_s": 2e3}},
-     r"heartbeat_s = 10, rollout\.serve_timeout_s = 900: .*above 900 s"),
-    ({"stack": {"start_timeout_s": 900.0}}, r"serve_timeout_s = 120, rollout\.bake_s = 6, .*max_bake_s = 60: .*back, or kept without"),
+    ({"stack": {"start_timeout_s": 900.0}, "rollout": {"serve_timeout_s": 900.0}}, r"serve_timeout_s = 900: .*above 900 s"),
+    ({"stack": {"start_timeout_s": 900.0}}, r"serve_timeout_s = 120: .*rolled back"),
     ({**BASE, "rollout": {**BASE["rollout"], "max_bake_s": BASE["rollout"]["bake_s"]}}, r"max_bake_s = 1200 .* above rollout\.bake_s")])
 def test_times_that_are_over_before_a_server_has_started(base: Mapping[str, Any], message: str, tmp_path: Path) -> None:
     found = faults(write_gpu_engine(tmp_path / "engines", recipes={**RECIPES, "base": base}))
@@ -124,7 +123,7 @@ def test_shipped_engines_allow_a_server_half_an_hour_to_start(engine: str) -> No
     for gpu in recipes.gpu_tables(ENGINES / engine)["serve"]:
         config = recipes.load(f"{engine}/{gpu}")
         rollout, start_s = config.rollout, config.stack.start_timeout_s
-        assert start_s >= 1_800 and min(rollout.heartbeat_s, rollout.serve_timeout_s, rollout.bake_s) > start_s
+        assert start_s >= 1_800 and rollout.serve_timeout_s > start_s and rollout.heartbeat_s <= 60
         assert rollout.max_bake_s > 2 * rollout.bake_s and config.serve.draft_swap == "restart"
     assert "times h100" in {finding.check for finding in check_engine(ENGINES / engine) if finding.passed}
 

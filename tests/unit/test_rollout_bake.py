@@ -12,8 +12,8 @@ from hypothesis import given
 
 from tests.fakes_rollout import FakeReplica, write_engine
 from tide_pipeline.config import RolloutSettings
-from tide_pipeline.rollout.bake import Decision, Evidence, judge_bake
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown
+from tide_pipeline.rollout.bake import MIN_SPEED_BLOCKS, Decision, Evidence, judge_bake
+from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown, slowdown_since
 from tide_pipeline.rollout.sequential import Gap
 
 SETTINGS = RolloutSettings()           # max_drop 0.10, min_bake_steps 30, min_bake_requests 8
@@ -48,12 +48,16 @@ rates = st.builds(Rate, st.floats(0, 1), st.floats(0, 0.5), st.integers(0, 1000)
 gaps = st.builds(Gap, st.floats(-3, 3), st.floats(0, 2), st.integers(0, 100))
 
 
-@given(st.builds(Evidence, rates, st.none() | rates, st.just(""), st.none() | gaps, st.none() | gaps, st.booleans()))
-def test_time_always_ends_a_bake(evidence: Evidence) -> None:
-    open_ended = judge_bake(evidence, SETTINGS).decision
-    at_the_end = judge_bake(evidence, SETTINGS, time_is_up=True).decision
+@given(st.builds(Evidence, rates, st.none() | rates, st.just(""), st.none() | gaps, st.none() | gaps, st.booleans()), st.booleans())
+def test_time_always_ends_a_bake(evidence: Evidence, must_time: bool) -> None:
+    open_ended = judge_bake(evidence, SETTINGS, must_time=must_time).decision
+    at_the_end = judge_bake(evidence, SETTINGS, time_is_up=True, must_time=must_time).decision
     assert at_the_end is not Decision.OPEN
     assert open_ended in (Decision.OPEN, at_the_end), "what is certain before the end does not turn"
+    if must_time and at_the_end is Decision.FINE:
+        assert evidence.slower is not None and evidence.slower.n >= MIN_SPEED_BLOCKS and evidence.new.steps >= SETTINGS.min_bake_steps
+    without = judge_bake(evidence, SETTINGS, time_is_up=True).decision
+    assert without is at_the_end or (must_time and without is Decision.FINE), "to have to time it makes no draft better"
 
 
 def test_slower_steps_and_errors_send_back_and_never_delay() -> None:
@@ -77,6 +81,22 @@ def test_what_slows_the_whole_machine_is_no_difference() -> None:
                     [block(t, "b", 50 * w) for t, w in zip(times, load, strict=True)])
     assert even == Gap(0.0, 0.0, 12) and slow is not None and slow.value == pytest.approx(0.693, abs=0.01)
     assert slowdown([block(t, "a", 50) for t in times], [block(t + 100, "b", 50) for t in times]) is None, "never at the same time"
+
+
+def test_a_replica_alone_is_compared_with_itself_at_the_same_batch_size() -> None:
+    """Twice the batch takes twice the time here: that is load, not the draft."""
+    def stretch(at: float, batch: int, ms: float) -> LiveRow:
+        return replace(block(at, "a", ms * batch), batch=float(batch))
+
+    rng = random.Random(1)
+    old = [stretch(2.0 * i, 1 + i % 2, 50 * rng.uniform(0.9, 1.1)) for i in range(24)]
+    busier = [stretch(100 + 2.0 * i, 2, 50 * rng.uniform(0.9, 1.1)) for i in range(20)]
+    even = slowdown_since(busier, old)
+    assert even is not None and abs(even.value) < 0.1 and even.n == 12, "the 12 old ones at a batch of 2"
+    slow = slowdown_since([replace(row, duration_ms=2 * row.duration_ms) for row in busier], old)
+    assert slow is not None and slow.value == pytest.approx(even.value + 0.693, abs=0.001) and 0.01 < slow.error < 0.1
+    assert slowdown_since([replace(row, batch=64.0) for row in busier], old) is None, "nothing alike"
+    assert slowdown_since(busier[:1], old[:2]) is None and slowdown_since([], old) is None
 
 
 def test_errors_are_counted_over_finished_requests() -> None:

@@ -69,6 +69,23 @@ def test_swaps_to_what_the_record_says(place: Place, replica: Replica) -> None:
     assert seen.draft_digests["de"] == second.draft_digest and seen.acceptance_length >= 1.0
 
 
+def test_it_tells_since_when_it_serves_what_it_does(place: Place, replica: Replica) -> None:
+    """From its first report of it, as a server that still warms up answers nobody; another number of the same drafts changes nothing."""
+    first, second = place.build("v1"), place.build("v2", seed=1)
+    place.deploy({"*": first.build_id})
+    replica.agent.poll()
+    began = time.time()
+    since = replica.agent.report().serving_since
+    assert since >= began
+    place.deploy({"*": first.build_id})
+    replica.agent.poll()
+    assert replica.agent.report().deployment == 2 and replica.agent.report().serving_since == since
+    place.deploy({"*": second.build_id})
+    replica.agent.poll()
+    replica.agent.publish()
+    assert read_observed(place.config.state.observed, "tiny")["replica-0"].serving_since > since
+
+
 def test_a_canary_replica_serves_its_own_group(place: Place, replica: Replica) -> None:
     first, second = place.build("v1"), place.build("v2", seed=1)
     groups = {"rest": {"*": first.build_id}, "canary": {"*": second.build_id}}

@@ -75,6 +75,32 @@ def test_the_front_follows_the_new_server(place: Place, tmp_path: Path) -> None:
     assert "front was not told" in supervisor.state.error
 
 
+def test_a_replica_whose_server_is_replaced_is_not_taken_for_dead(place: Place, agent: DraftAgent, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there to report while a server starts in the place of another. One that died by itself stays silent."""
+    monkeypatch.setattr("tide_pipeline.serve.supervisor.BEAT_S", 0.0)
+    agent.publish()
+    said = read_observed(place.config.state.observed, "tiny")["replica-0"]
+    write_observed(place.config.state.observed, replace(said, at=said.at - 600.0))
+
+    class Starting:
+        looks = 0
+
+        def is_ready(self) -> bool:
+            self.looks += 1
+            return self.looks > 3
+
+        def returncode(self) -> None:
+            return None
+
+    supervisor = ReplicaSupervisor(place.config, place.config_file, tmp_path / "state.json", "replica-0")
+    assert supervisor._await_ready(Starting())  # type: ignore[arg-type]
+    assert read_observed(place.config.state.observed, "tiny")["replica-0"].at == said.at - 600.0
+    assert supervisor._await_ready(Starting(), reports=True)  # type: ignore[arg-type]
+    seen = read_observed(place.config.state.observed, "tiny")["replica-0"]
+    assert seen.at >= said.at and replace(seen, at=said.at) == said, "what it said, as of now"
+
+
 def test_an_unknown_backend_is_named(place: Place) -> None:
     with pytest.raises(SettingsError, match="no engine for backend 'vllm'"):
         open_engine(place.config, replace(place.spec, backend="vllm"))

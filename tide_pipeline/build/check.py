@@ -27,7 +27,6 @@ REPO, COMMIT = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[0-9a-f]{40}")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
          "max_position_embeddings", "rope_theta", "rms_norm_eps")
 START_S = 600.0                    # a server of TensorRT-LLM loads, tunes and captures graphs: minutes
-COUNTED = ("heartbeat_s", "serve_timeout_s", "bake_s", "max_bake_s")       # of [rollout]: from the record on, a server's start included
 
 
 @dataclass(frozen=True)
@@ -186,14 +185,14 @@ def _recipes(engine_dir: Path, spec: EngineSpec) -> Iterator[Finding]:
 
 
 def _times(config: TideConfig) -> str:
-    """A new draft takes a new server: no time of a rollout may be over before that has started."""
+    """A new draft takes a new server: a rollout must wait for it to start. Its bake begins after that."""
     start_s, rollout = config.stack.start_timeout_s, config.rollout
     if start_s < START_S:
         raise SettingsError(f"stack.start_timeout_s = {start_s:g}: a TensorRT-LLM server takes minutes to start, set it to {START_S:g} or "
                             "more in [base]")
-    if short := [f"rollout.{name} = {value:g}" for name in COUNTED if (value := getattr(rollout, name)) <= start_s]:
-        raise SettingsError(f"{', '.join(short)}: over before a new server has started, so a draft would be rolled back, or kept without a "
-                            f"bake. Set all above {start_s:g} s, which stack.start_timeout_s allows, in [base]")
+    if rollout.serve_timeout_s <= start_s:
+        raise SettingsError(f"rollout.serve_timeout_s = {rollout.serve_timeout_s:g}: over before a new server has started, so its draft "
+                            f"would be rolled back. Set it above {start_s:g} s, which stack.start_timeout_s allows, in [base]")
     if rollout.max_bake_s <= rollout.bake_s:
         raise SettingsError(f"rollout.max_bake_s = {rollout.max_bake_s:g} must be above rollout.bake_s = {rollout.bake_s:g}")
-    return f"a server may take {start_s:g} s to start, a bake {rollout.bake_s:g} to {rollout.max_bake_s:g} s with it"
+    return f"a server may take {start_s:g} s to start, a bake {rollout.bake_s:g} to {rollout.max_bake_s:g} s"

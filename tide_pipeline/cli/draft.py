@@ -7,7 +7,7 @@ import json
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -137,9 +137,9 @@ def build(
         console().print(f"build {made.build_id} of {made.draft_version} ({facts or 'not warmed up: that takes its GPU'})", markup=False)
         if made.backend == "trtllm":
             console().print(f"draft lengths: {_lengths(Path(made.path))}", markup=False)
-        console().print(f"next: tide gate {made.build_id}" if made.backend == "embedded" else
-                        f"for TensorRT-LLM {config.serve.trtllm} on {config.serve.gpus} x {config.serve.gpu}; next, in its container: "
-                        f"launch_triton_server.py --model_repo={made.path}/model_repository", markup=False)
+            console().print(f"for TensorRT-LLM {config.serve.trtllm} on {config.serve.gpus} x {config.serve.gpu}; the first one, in its "
+                            f"container: launch_triton_server.py --model_repo={made.path}/model_repository", markup=False)
+        console().print(f"next: tide gate {made.build_id}", markup=False)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -151,7 +151,7 @@ def gate(
 ) -> None:
     """Judge a build against the draft that is served: acceptance on held-out requests, benchmark, greedy equivalence.
 
-    Exit code 1 when it does not pass.
+    Of TensorRT-LLM acceptance alone; its speed is measured on the canary. Exit code 1 when it does not pass.
 
     [bold]tide gate 3f2a9c0d11e8b7a4 --workload default[/bold]
     """
@@ -167,10 +167,15 @@ def gate(
     if as_json:
         print_json(found)
     else:
-        print_table(("door", "", "why"), [(name, "passed" if door["passed"] else "closed", door["reason"])
-                                          for name, door in found.verdict.doors.items()])
+        print_table(("door", "", "why"), [(name, _state(door), door["reason"]) for name, door in found.verdict.doors.items()])
         console().print(f"next: tide rollout {build_id}" if found.verdict.passed else "the build stays out")
     raise typer.Exit(0 if found.verdict.passed else 1)
+
+
+def _state(door: dict[str, Any]) -> str:
+    from tide_pipeline.gate.judge import ELSEWHERE
+
+    return ELSEWHERE.get(door.get("measured_on", ""), "passed" if door["passed"] else "closed")
 
 
 def _lengths(build: Path) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -17,12 +18,18 @@ from tide_pipeline.defs.tags import PASSED
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 
+if TYPE_CHECKING:
+    from tide_pipeline.gate.run import GateReport
+
 SERVE_POOL = "serve_gpu"                   # what measures speed on the devices that serve: one at a time, or both are slow
 
 
 @dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"], pool=SERVE_POOL)
 def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> dg.MaterializeResult:
-    """Champion and challenger side by side: acceptance on held-out windows, speed in the engine, greedy equivalence."""
+    """Champion and challenger side by side: acceptance on held-out windows, speed in the engine, greedy equivalence.
+
+    Of TensorRT-LLM only acceptance; its speed is measured on the canary.
+    """
     from tide_pipeline.gate.run import run_gate
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
@@ -31,12 +38,21 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
                       focus_since=asked.focus_since, replays=adaptation.replays)
     tell_registry(context, settings, adaptation, report.verdict)
     adaptation.mark(**{JUDGED: time.time()})
-    paired, new = report.paired, report.challenger_bench
+    paired = report.paired
     return dg.MaterializeResult(metadata={
         "passed": report.verdict.passed, "acceptance_length": paired.challenger, "champion_acceptance_length": paired.champion,
         "gain": paired.gain, "gain_low": paired.gain_low, "gain_high": paired.gain_high, "held_out_prompts": paired.prompts,
-        "tokens_per_s": new.tokens_per_s, "speedup": new.speedup, "compared_tokens": new.compared_tokens, "ties": new.ties,
-        "mismatches": new.mismatches, **({"champion_tokens_per_s": report.champion_bench.tokens_per_s} if report.champion_bench else {})})
+        **timed(report)})
+
+
+def timed(report: "GateReport") -> dict[str, float | str]:
+    """What the engine was measured at; or that it was not, and where it will be."""
+    new, old = report.challenger_bench, report.champion_bench
+    if new is None:
+        return {"not_measured_here": "; ".join(f"{name}: {door['reason']}" for name, door in report.verdict.doors.items()
+                                               if "measured_on" in door)}
+    return {"tokens_per_s": new.tokens_per_s, "speedup": new.speedup, "compared_tokens": new.compared_tokens, "ties": new.ties,
+            "mismatches": new.mismatches, **({"champion_tokens_per_s": old.tokens_per_s} if old else {})}
 
 
 @dg.asset_check(asset=benchmark_report, blocking=True, description="Every door of the gate is open to the new draft.")

@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tide_pipeline.config import GateSettings, ServeSettings, SpeculationSettings
 from tide_pipeline.contracts import BenchmarkReport, EngineBuild, GenerationRequest, SamplingParams
 from tide_pipeline.engine.embedded import EmbeddedEngine
 from tide_pipeline.engine_spec import EngineSpec
-from tide_pipeline.models.target import Target
+from tide_pipeline.gate.equivalence import Equivalence, check_equivalence
 
 PLAIN = "plain"
 
@@ -41,15 +40,6 @@ class Run:
 
 
 @dataclass
-class Equivalence:
-    """Greedy equivalence: every token is the argmax of a plain pass over the same prefix, or within epsilon of it."""
-
-    compared: int = 0
-    ties: int = 0
-    mismatches: int = 0
-
-
-@dataclass
 class Bench:
     """Timed runs by tag ("plain" and one per build), index by prompt. Equivalence of the tags it was asked for."""
 
@@ -63,8 +53,9 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
                      progress: Callable[[int, int], None] | None = None) -> Bench:
     """Run prompts plainly and with each build, one request at a time.
 
-    The first `timed` prompts (None: all) are timed; the rest are only run with the `checked` tags (None: all), to warm up. Greedy outputs
-    of `checked` on `gate.equivalence_prompts` of all prompts are held against the target's.
+    The first `timed` prompts (None: all) are timed. The rest are run with the `checked` tags (None: all) alone, whose greedy outputs on
+    `gate.equivalence_prompts` of all prompts are held against the target's. Every build learns from the same few prompts before its
+    first timed one; what is only checked comes after the last.
     """
     engine = EmbeddedEngine(model_dir, spec, serve or ServeSettings(max_batch=1), speculation)
     engine.set_drafts(dict(builds))
@@ -73,32 +64,28 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
     tags = [PLAIN, *builds]
     bench = Bench({tag: [] for tag in tags}, {tag: Equivalence() for tag in (tags if checked is None else checked)})
     several, rest = prompts[:timed], prompts[len(prompts[:timed]) : gate.equivalence_prompts]
-    untimed = dict[str, list[Run]]()
+    first = [*rest, *several][: max(2, len(several) // 4)]
     run = partial(_run, engine, tokens=gate.bench_tokens, temperature=temperature, mode=mode)
     try:
-        for tag in reversed(tags):                         # warms up as well: the engine, and each build's controller
-            untimed[tag] = [run(f"{tag}-rest-{i}", prompt, tag) for i, prompt in enumerate(rest if tag in bench.equivalence else ())]
-            for i, prompt in enumerate(several[: max(0, _warm_ups(tag, several) - len(untimed[tag]))]):
-                run(f"{tag}-warm-{i}", prompt, tag)
+        warm = {tag: [run(f"{tag}-warm-{i}", prompt, tag) for i, prompt in enumerate(first)] for tag in reversed([*builds])}
         for i, prompt in enumerate(several):
             for tag in (tags if i % 2 == 0 else reversed(tags)):
                 bench.runs[tag].append(run(f"{tag}-{i}", prompt, tag))
             if progress:
                 progress(i + 1, len(several))
+        untimed = {tag: warm.get(tag, [])[: len(rest)] for tag in bench.equivalence}
+        for tag, done in untimed.items():
+            done += [run(f"{tag}-rest-{i}", rest[i], tag) for i in range(len(done), len(rest))]
     finally:
         engine.close()
     if temperature == 0.0:
-        plain = {prompt: one.tokens for prompt, one in zip(several, bench.runs[PLAIN], strict=True)}
         for tag, found in bench.equivalence.items():
-            for prompt, one in list(zip([*several, *rest], bench.runs[tag] + untimed[tag], strict=True))[: gate.equivalence_prompts]:
-                known = plain.get(prompt, ()) if tag != PLAIN else ()
-                check_equivalence(engine.target, engine.codec.encode(prompt), one.tokens, gate.epsilon, found, known)
+            outputs = list(zip([*several, *rest], bench.runs[tag] + untimed[tag], strict=True))[: gate.equivalence_prompts]
+            known = dict(zip(several, bench.runs[PLAIN], strict=True)) if tag != PLAIN else {}
+            for prompt, one in outputs:
+                plain = known[prompt].tokens if prompt in known else ()
+                check_equivalence(engine.target, engine.codec.encode(prompt), one.tokens, gate.epsilon, found, plain)
     return bench
-
-
-def _warm_ups(tag: str, prompts: Sequence[str]) -> int:
-    """Without a draft there is nothing to learn, and the engine is warm from the others' runs, which come first."""
-    return max(2, len(prompts) // 4) if tag != PLAIN else 0
 
 
 def _run(engine: EmbeddedEngine, name: str, prompt: str, tag: str, *, tokens: int, temperature: float, mode: str) -> Run:
@@ -115,25 +102,6 @@ def _run(engine: EmbeddedEngine, name: str, prompt: str, tag: str, *, tokens: in
         ids += chunk.token_ids
     return Run(tuple(ids), last - began, chunk.drafted_tokens, chunk.accepted_tokens, chunk.verify_steps, chunk.target_steps,
                tuple(gaps[1:]))
-
-
-@torch.inference_mode()
-def check_equivalence(target: Target, prompt: Sequence[int], output: Sequence[int], epsilon: float, into: Equivalence,
-                      plain: Sequence[int] = ()) -> None:
-    """One plain pass over prompt and output judges every output token. Where plain decoding gave the same output, that was the pass."""
-    if tuple(output) == tuple(plain):
-        into.compared += len(output)
-        return
-    ids = torch.tensor([[*prompt, *output]])
-    T = ids.shape[1]
-    _, final = target.forward(ids, torch.arange(T).unsqueeze(0), target.new_cache(1, T))
-    logits = target.logits(final[0, len(prompt) - 1 : -1])
-    best = logits.max(dim=-1).values
-    chosen = logits.gather(1, torch.tensor(output).unsqueeze(1))[:, 0]
-    gap = best - chosen
-    into.compared += len(output)
-    into.ties += int(((gap > 0) & (gap <= epsilon)).sum())
-    into.mismatches += int((gap > epsilon).sum())
 
 
 def summarise(bench: Bench, tag: str, build: EngineBuild, against: str = "") -> BenchmarkReport:

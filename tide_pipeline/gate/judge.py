@@ -3,7 +3,8 @@
     offline       acceptance on held-out prompts of the drifted workload rises for sure, and no other workload loses
     benchmark     the challenger is not slower than the champion (or, without one, than no speculation)
     equivalence   greedy output is the target's own
-A number that is missing or NaN opens no door.
+A number that is missing or NaN opens no door. An engine that only replicas run (TensorRT-LLM) is judged by `judge_acceptance`: the door
+"benchmark" then stands open for the canary alone, which must time the draft before it goes any wider (rollout/bake.py).
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from tide_pipeline.config import GateSettings
-from tide_pipeline.contracts import BenchmarkReport, GateVerdict, PairedAcceptance
+from tide_pipeline.contracts import BenchmarkReport, EngineBuild, GateVerdict, PairedAcceptance
 
 DOORS = ("offline", "benchmark", "equivalence")
+BENCHED = ("embedded",)            # backends whose engine the gate's own process runs
+ON_CANARY = {
+    "benchmark": {"passed": True, "measured_on": "canary",
+                  "reason": "timed on the canary: the gate can't run this engine, so live traffic is, beside the draft it replaces"},
+    "equivalence": {"passed": True, "measured_on": "nowhere",
+                    "reason": "not measured: this engine's own verification decides which tokens are emitted"}}
+ELSEWHERE = {"canary": "on the canary", "nowhere": "not asked"}        # what people read of a door that was not asked here
 Door = dict[str, Any]
 
 Z_95 = 1.96
@@ -27,9 +35,20 @@ def judge(*, paired: PairedAcceptance, champion: BenchmarkReport | None, challen
     """`workload` is the drifted one; it is judged by `paired` itself, every other entry of `paired.by_workload` against its loss."""
     doors = {"offline": offline_door(paired, settings, workload), "benchmark": benchmark_door(champion, challenger, settings),
              "equivalence": equivalence_door(challenger)}
+    return _verdict(doors, champion, challenger, challenger_digest)
+
+
+def judge_acceptance(*, paired: PairedAcceptance, champion: EngineBuild | None, challenger: EngineBuild, settings: GateSettings,
+                     workload: str = "") -> GateVerdict:
+    """As `judge`, of a build that the gate's process can't run: acceptance decides, the canary is left the rest."""
+    doors = {"offline": offline_door(paired, settings, workload)} | {name: dict(door) for name, door in ON_CANARY.items()}
+    return _verdict(doors, champion, challenger, challenger.draft_digest)
+
+
+def _verdict(doors: dict[str, Door], champion: BenchmarkReport | EngineBuild | None, challenger: BenchmarkReport | EngineBuild,
+             digest: str) -> GateVerdict:
     return GateVerdict(passed=all(door["passed"] for door in doors.values()), doors=doors,
-                       champion=champion.draft_version if champion else "", challenger=challenger.draft_version,
-                       challenger_digest=challenger_digest)
+                       champion=champion.draft_version if champion else "", challenger=challenger.draft_version, challenger_digest=digest)
 
 
 def offline_door(paired: PairedAcceptance, settings: GateSettings, workload: str) -> Door:

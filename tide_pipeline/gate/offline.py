@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import GateSettings, TideConfig
 from tide_pipeline.contracts import EngineBuild, PairedAcceptance, SignalWindow
 from tide_pipeline.errors import NotEnoughSignals
+from tide_pipeline.gate.judge import BENCHED
 from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.training.acceptance import Head, Replay, replay
@@ -86,8 +88,15 @@ def windows_to_judge_on(config: TideConfig, head: TargetHead, workload: str, foc
 
 
 def load_built(head: TargetHead, build: EngineBuild) -> Eagle3Draft:
-    """The draft of a build. Raises CheckpointError, EngineMismatch when it can't be loaded on this engine."""
-    return load_draft(Path(build.path) / "draft", head.shape, head.identity)
+    """The draft of a build, where the head is. Raises CheckpointError, EngineMismatch when it can't be loaded on this engine."""
+    return load_draft(Path(build.path) / "draft", head.shape, head.identity).to(head.embedding_VD.device)
+
+
+def replay_device(config: TideConfig, backend: str) -> str:
+    """Where drafts are replayed. With the head of a target that fills serving GPUs a core takes hours: the training GPU, where one is."""
+    wanted = torch.device(next(iter(config.training.train_devices), config.training.device))
+    is_there = wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()
+    return str(wanted) if is_there and backend not in BENCHED else "cpu"
 
 
 def _groups(clusters: Iterable[Cluster]) -> dict[str, list[Cluster]]:

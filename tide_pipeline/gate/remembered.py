@@ -18,7 +18,7 @@ import torch
 from tide_pipeline.capture.reader import WindowStates, identity
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild, SignalWindow
-from tide_pipeline.gate.offline import load_built, windows_to_judge_on
+from tide_pipeline.gate.offline import load_built, replay_device, windows_to_judge_on
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import digest_bytes, write_json
 from tide_pipeline.training.acceptance import Head, Replay, replay_windows
@@ -68,9 +68,13 @@ class Remembered:
 def remember(config: TideConfig, champion: EngineBuild, file: Path, *, workload: str, focus_since: float = 0.0) -> int:
     """Replay `champion` on those windows that the gate would judge on now and `file` does not know; how many they were.
 
+    None where the gate replays on the training GPU: the draft in training has it now, and the gate needs it for seconds.
+
     Raises:
         NotEnoughSignals, EngineMismatch, CheckpointError: as the gate would.
     """
+    if replay_device(config, champion.backend) != "cpu":
+        return 0
     torch.set_num_threads(config.serve.threads)
     head = target_head_of(config)
     memory = Remembered.open(file, champion.draft_digest, head.digest, config.gate.draft_length)

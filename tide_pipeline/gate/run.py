@@ -1,7 +1,7 @@
 """Put a challenger before the gate: measure, judge, keep the report. Knows the lake and the engine; the verdict is judge.py's.
 
 Only held-out prompts are used: their captured windows for acceptance, themselves for the benchmark. The report holds
-numbers and digests, no prompt.
+numbers and digests, no prompt. Of TensorRT-LLM no engine is loaded: its servers take GPUs that serve, and are timed on the canary.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tide_pipeline.engine.text import TextCodec
 from tide_pipeline.engine_spec import EngineSpec, load_engine_spec
 from tide_pipeline.errors import GateNotPassed, NotEnoughSignals
 from tide_pipeline.gate.bench import benchmark_builds, summarise
-from tide_pipeline.gate.judge import judge
-from tide_pipeline.gate.offline import compare, held_out_states, load_built
+from tide_pipeline.gate.judge import BENCHED, judge, judge_acceptance
+from tide_pipeline.gate.offline import compare, held_out_states, load_built, replay_device
 from tide_pipeline.gate.remembered import Remembered
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.provenance import write_json
@@ -37,12 +37,12 @@ Report = Callable[[str, float], None]      # stage ("acceptance", "benchmark", "
 
 @dataclass(frozen=True)
 class GateReport:
-    """A verdict and the measurements behind it."""
+    """A verdict and the measurements behind it. Without a benchmark of the challenger its engine is one that the gate can't run."""
 
     verdict: GateVerdict
     paired: PairedAcceptance
     champion_bench: BenchmarkReport | None
-    challenger_bench: BenchmarkReport
+    challenger_bench: BenchmarkReport | None
     workload: str
     build_id: str
 
@@ -59,19 +59,17 @@ def run_gate(config: TideConfig, challenger: EngineBuild, champion: EngineBuild 
         CheckpointError, EngineMismatch, BuildError: a draft can't be loaded on this engine.
     """
     torch.set_num_threads(config.serve.threads)
-    spec = load_engine_spec(config.engine_dir)
     progress("acceptance", 0.0)
     head, states = held_out_states(config, workload, focus_since=focus_since)
-    paired = _offline(config, head, states, challenger, champion, workload, replays)
-    prompts = bench_prompts(config, spec, states, workload)
-    builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})
-    bench = benchmark_builds(config.engine_dir / spec.model, spec, builds, prompts, config.gate, config.speculation,
-                             dataclasses.replace(config.serve, max_batch=1), timed=config.gate.bench_prompts, checked=(CHALLENGER,),
-                             progress=lambda done, total: progress("benchmark", done / total))
-    reports = {tag: summarise(bench, tag, build, CHAMPION if champion and tag == CHALLENGER else "") for tag, build in builds.items()}
-    verdict = judge(paired=paired, champion=reports.get(CHAMPION), challenger=reports[CHALLENGER], settings=config.gate,
-                    challenger_digest=challenger.draft_digest, workload=workload)
-    report = GateReport(verdict, paired, reports.get(CHAMPION), reports[CHALLENGER], workload, challenger.build_id)
+    paired = _offline(config, head.to(replay_device(config, challenger.backend)), states, challenger, champion, workload, replays)
+    benches: dict[str, BenchmarkReport] = {}
+    if challenger.backend in BENCHED:
+        benches = _benchmark(config, states, challenger, champion, workload, progress)
+        verdict = judge(paired=paired, champion=benches.get(CHAMPION), challenger=benches[CHALLENGER], settings=config.gate,
+                        challenger_digest=challenger.draft_digest, workload=workload)
+    else:
+        verdict = judge_acceptance(paired=paired, champion=champion, challenger=challenger, settings=config.gate, workload=workload)
+    report = GateReport(verdict, paired, benches.get(CHAMPION), benches.get(CHALLENGER), workload, challenger.build_id)
     write_json(report_file(config, challenger.build_id), dataclasses.asdict(report))
     progress("done", 1.0)
     return report
@@ -82,9 +80,8 @@ def load_report(config: TideConfig, build_id: str) -> GateReport:
     file = report_file(config, build_id)
     try:
         found = json.loads(file.read_text())
-        bench = found["champion_bench"]
-        return GateReport(from_dict(GateVerdict, found["verdict"]), from_dict(PairedAcceptance, found["paired"]),
-                          from_dict(BenchmarkReport, bench) if bench else None, from_dict(BenchmarkReport, found["challenger_bench"]),
+        old, new = (from_dict(BenchmarkReport, bench) if bench else None for bench in (found["champion_bench"], found["challenger_bench"]))
+        return GateReport(from_dict(GateVerdict, found["verdict"]), from_dict(PairedAcceptance, found["paired"]), old, new,
                           found["workload"], found["build_id"])
     except FileNotFoundError as error:
         raise GateNotPassed(f"build {build_id} has no gate report: run `tide gate` first") from error
@@ -99,6 +96,17 @@ def load_verdict(config: TideConfig, build_id: str) -> GateVerdict:
 
 def report_file(config: TideConfig, build_id: str) -> Path:
     return config.state.reports / "gate" / f"{build_id}.json"
+
+
+def _benchmark(config: TideConfig, states: Sequence[WindowStates], challenger: EngineBuild, champion: EngineBuild | None, workload: str,
+               progress: Report) -> dict[str, BenchmarkReport]:
+    """Both in one engine of this process, by tag. Raises NotEnoughSignals, BuildError."""
+    spec = load_engine_spec(config.engine_dir)
+    builds = {CHALLENGER: challenger} | ({CHAMPION: champion} if champion else {})
+    bench = benchmark_builds(config.engine_dir / spec.model, spec, builds, bench_prompts(config, spec, states, workload), config.gate,
+                             config.speculation, dataclasses.replace(config.serve, max_batch=1), timed=config.gate.bench_prompts,
+                             checked=(CHALLENGER,), progress=lambda done, total: progress("benchmark", done / total))
+    return {tag: summarise(bench, tag, build, CHAMPION if champion and tag == CHALLENGER else "") for tag, build in builds.items()}
 
 
 def bench_prompts(config: TideConfig, spec: EngineSpec, states: Sequence[WindowStates], workload: str) -> list[str]:

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from tide_pipeline.contracts import Deployment, DriftVerdict, GateVerdict
+from tide_pipeline.gate.judge import ELSEWHERE
 from tide_pipeline.provenance import write_atomic
 from tide_pipeline.report.data import Drift, ReportData, Trained
 from tide_pipeline.report.parts import DASH, clock, head, note, plot_box, section, table, verdict
@@ -129,7 +130,8 @@ def _gates(gates: Sequence[GateVerdict]) -> str:
         against = f"{found.challenger} against {found.champion or 'no speculation'}"
         for i, (name, door) in enumerate(found.doors.items()):
             passed = bool(door.get("passed"))
-            rows.append([against if i == 0 else "", name, verdict("passed" if passed else "refused", passed), str(door.get("reason", ""))])
+            state = ELSEWHERE.get(door.get("measured_on", ""), "passed" if passed else "refused")
+            rows.append([against if i == 0 else "", name, verdict(state, passed), str(door.get("reason", ""))])
     return section("Gate", table(("challenger", "door", "verdict", "numbers"), rows))
 
 

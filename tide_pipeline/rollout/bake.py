@@ -1,8 +1,9 @@
 """May the new draft stay? Numbers in, decision out. Pure: knows no record, no clock and no lake.
 
 First-position acceptance decides: the new draft is fine when it is certainly not worse than allowed, and worse when it certainly is.
-Time per token and errors can only send it back. "Certainly" is meant at every look at once (sequential.py), so that a draft that is no
-worse is rolled back in at most `FALSE_ROLLBACKS` of all rollouts, however often somebody looks.
+Time per token and errors can only send it back, unless the gate left the benchmark to the canary (TensorRT-LLM): then time per token
+decides as acceptance does, and a draft that was not timed when time is up does not stay. "Certainly" is meant at every look at once
+(sequential.py), so that a draft that is no worse is rolled back in at most `FALSE_ROLLBACKS` of all rollouts, however often somebody looks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Decision(StrEnum):
     FINE = "fine"                  # certainly not worse than allowed, or nothing speaks against it when time is up
     WORSE = "worse"                # certainly worse than allowed
     OPEN = "open"                  # more traffic would tell
+    UNTIMED = "untimed"            # time is up, and what only this bake could measure was not measured
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,50 @@ class Evidence:
     new: Rate                              # first-position acceptance with the new draft
     old: Rate | None = None                # with the draft it replaces; None where there is nothing to compare with
     against: str = ""                      # where `old` is from, as in "before 0.61 on 2 control replicas"
-    slower: Gap | None = None              # log of the time per token, new over old, at the same time; None for a single replica
+    slower: Gap | None = None              # log of the time per token, new over old; None where there is nothing to compare with
     errors: Gap | None = None              # share of requests that ended with an error
     has_traffic: bool = False              # whether the replicas with the new draft answered anything
     error: str = ""                        # why the log could not be read: nothing goes forward then
+    slower_than: str = ""                  # where the old time per token is from, as in "beside it"
 
 
-def judge_bake(evidence: Evidence, settings: RolloutSettings, *, time_is_up: bool = False) -> BakeVerdict:
-    """When time is up, what is still open stays, unless it fell by more than allowed and certainly fell at all."""
+def judge_bake(evidence: Evidence, settings: RolloutSettings, *, time_is_up: bool = False, must_time: bool = False) -> BakeVerdict:
+    """When time is up, what is still open stays, unless it fell by more than allowed and certainly fell at all.
+
+    `must_time`: the gate left the benchmark to this bake.
+    """
     for gap, allowed, least, what in ((evidence.slower, math.log1p(settings.max_slowdown), MIN_SPEED_BLOCKS, "time per token, log ratio"),
                                       (evidence.errors, settings.max_error_rise, MIN_FINISHED, "share of errors, rise")):
         if gap is not None and gap.n >= least and gap.interval(scale_of(allowed))[0] > allowed:
             return BakeVerdict(Decision.WORSE, _tell(what, gap, allowed))
-    return _judge_acceptance(evidence, settings, time_is_up)
+    accepted = _judge_acceptance(evidence, settings, time_is_up)
+    return accepted if not must_time or accepted.decision is Decision.WORSE else _judge_time(accepted, evidence, settings, time_is_up)
+
+
+def _judge_time(accepted: BakeVerdict, evidence: Evidence, settings: RolloutSettings, time_is_up: bool) -> BakeVerdict:
+    """Acceptance does not speak against it: was it timed, and is it fast enough?"""
+    gap, allowed, missing = evidence.slower, math.log1p(settings.max_slowdown), _untimed(evidence, settings)
+    if gap is None or missing:
+        if not time_is_up:
+            return BakeVerdict(Decision.OPEN, f"not timed yet, {missing}; {accepted.reason}")
+        return BakeVerdict(Decision.UNTIMED, f"the gate left the benchmark to the canary, and {settings.max_bake_s:.0f} s did not time it, "
+                                             f"{missing}: send canary and controls more traffic, or raise rollout.max_bake_s, then promote "
+                                             "it again")
+    reason = f"{accepted.reason}; {_tell('time per token, log ratio', gap, allowed)} {evidence.slower_than}".rstrip()
+    low, high = gap.interval(scale_of(allowed))
+    if time_is_up:
+        return BakeVerdict(Decision.WORSE if gap.value > allowed and low > 0 else accepted.decision, reason)
+    return BakeVerdict(accepted.decision if high <= allowed else Decision.OPEN, reason)
+
+
+def _untimed(evidence: Evidence, settings: RolloutSettings) -> str:
+    """What a comparison of time per token lacks; "" when there is enough."""
+    new, stretches = evidence.new, evidence.slower.n if evidence.slower else 0
+    if new.steps < settings.min_bake_steps or new.requests < settings.min_bake_requests:
+        return f"{new.steps} drafted steps of {new.requests} requests with {settings.min_bake_steps} of {settings.min_bake_requests} needed"
+    if stretches < MIN_SPEED_BLOCKS:
+        return f"{stretches or 'too few'} stretches of time to compare old and new in with {MIN_SPEED_BLOCKS} needed"
+    return ""
 
 
 def _judge_acceptance(evidence: Evidence, settings: RolloutSettings, time_is_up: bool) -> BakeVerdict:

@@ -1,7 +1,8 @@
 """What live traffic says of a rollout: the new draft where it is served, the old one beside it or before it. Decides nothing.
 
 The old draft is measured on the control replicas since the rollout began; with too little of that (a single replica has none beside it)
-on the last `drift.recent_s` before; with too little of that too it is the gate's figure.
+on the last `drift.recent_s` before; with too little of that too it is the gate's figure. Time per token is compared with control replicas
+at the same time; only where the gate left the benchmark to the canary and there are none, with the canary's own last `drift.recent_s`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.errors import BuildError, GateNotPassed
 from tide_pipeline.gate.run import load_verdict
-from tide_pipeline.rollout.bake import Evidence
+from tide_pipeline.rollout.bake import MIN_SPEED_BLOCKS, Evidence
 from tide_pipeline.rollout.history import new_build_of, rest_of, workload_of
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown
+from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown, slowdown_since
+from tide_pipeline.rollout.sequential import Gap
 
 
 class Watcher:
@@ -39,7 +41,10 @@ class Watcher:
         control = [row for row in since if row.draft_version == old_version]       # until its step came, each replica was one
         before = [row for row in rows if row.draft_version == old_version]
         old, against = self._old(control, before, new_build_of(latest)) if old_version else (None, "")
-        return Evidence(rate_of(new), old, against, slowdown(new, control), error_rise(new, control), bool(theirs))
+        slower, slower_than = slowdown(new, control), "beside it"
+        if latest.deferred and (slower is None or slower.n < MIN_SPEED_BLOCKS):
+            slower, slower_than = self._slower_than_before(new, before, latest.canary_replicas)
+        return Evidence(rate_of(new), old, against, slower, error_rise(new, control), bool(theirs), slower_than=slower_than)
 
     def version_of(self, build_id: str) -> str:
         """"" for none, or one that is gone."""
@@ -47,6 +52,10 @@ class Watcher:
             with contextlib.suppress(BuildError):
                 self._versions[build_id] = read_build(self._config.state.builds, self._config.target, build_id).draft_version
         return self._versions.get(build_id, "")
+
+    def _slower_than_before(self, new: Sequence[LiveRow], before: Sequence[LiveRow], replicas: Sequence[str]) -> tuple[Gap | None, str]:
+        own = [row for row in before if row.replica in replicas]
+        return slowdown_since(new, own), f"against its own last {self._config.drift.recent_s:.0f} s at the same batch sizes"
 
     def _old(self, control: Sequence[LiveRow], before: Sequence[LiveRow], new_build: str) -> tuple[Rate | None, str]:
         settings, beside, earlier = self._config.rollout, rate_of(control), rate_of(before)

@@ -47,24 +47,25 @@ def decide_and_append(record: DeploymentRecord, decide: Callable[[Deployment | N
 # --- what follows -------------------------------------------------------------------------------------------------
 
 def following(latest: Deployment | None, target: str, groups: dict[str, Drafts], replicas: Iterable[str], stage: str, who: str,
-              reason: str, *, workload: str = "", began: int = 0, hold: str = "", first_position: float = 0.0) -> Deployment:
+              reason: str, *, workload: str = "", began: int = 0, hold: str = "", first_position: float = 0.0,
+              deferred: tuple[str, ...] = ()) -> Deployment:
     """The record after `latest`."""
     return Deployment(next_n(latest), target, groups, tuple(replicas), stage, who, reason, time.time(), workload, began, hold,
-                      first_position)
+                      first_position, deferred)
 
 
 def opened(latest: Deployment | None, target: str, workload: str, build_id: str, canaries: Sequence[str], who: str,
-           reason: str, first_position: float = 0.0) -> Deployment:
-    """A canary, or without canaries a proposal. `first_position`: what the gate found of the draft."""
+           reason: str, first_position: float = 0.0, deferred: tuple[str, ...] = ()) -> Deployment:
+    """A canary, or without canaries a proposal. `first_position`: what the gate found of it; `deferred`: what it left to the canary."""
     old = rest_of(latest)
     return following(latest, target, {"rest": old, "canary": {**old, workload: build_id}}, canaries, CANARY if canaries else PROPOSED,
-                     who, reason, workload=workload, began=next_n(latest), first_position=first_position)
+                     who, reason, workload=workload, began=next_n(latest), first_position=first_position, deferred=deferred)
 
 
 def widened(latest: Deployment, replicas: Iterable[str], who: str, reason: str) -> Deployment:
     """More replicas serve the new drafts."""
     return following(latest, latest.target, latest.groups, replicas, ROLLING, who, reason, workload=workload_of(latest),
-                     began=began_of(latest), first_position=latest.first_position)
+                     began=began_of(latest), first_position=latest.first_position, deferred=latest.deferred)
 
 
 def settled(latest: Deployment, who: str, reason: str) -> Deployment:

@@ -2,7 +2,7 @@
 
 Steps of one request are alike, so the error of a rate is counted over requests (a ratio estimator), and is never smaller than
 that of independent steps. Time per token is compared within stretches of time, both sides at once: what slows the whole machine is no
-difference between them.
+difference between them. Stretches that are like the one before them count for less.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +23,7 @@ from tide_pipeline.contracts import FinishReason
 from tide_pipeline.rollout.sequential import Gap
 
 COLUMNS = ("time", "request_id", "workload", "replica", "draft_version", "drafted", "accepted", "emitted_tokens", "duration_ms",
-           "finish_reason")
+           "finish_reason", "mean_batch_size")
 BLOCK_S = 2.0                      # stretches in which time per token is compared
 
 
@@ -39,6 +41,7 @@ class LiveRow:
     emitted: int = 0
     duration_ms: float = 0.0
     finish_reason: str = ""        # "" while the request goes on
+    batch: float = 1.0             # requests in the same steps, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,31 @@ def rate_of(rows: Iterable[LiveRow], where: Callable[[LiveRow], bool] = lambda r
 def slowdown(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
     """Log of the time per token, new over old, averaged over the stretches in which both answered; None where there are fewer than 4."""
     a, b = _ms_per_token(new), _ms_per_token(old)
-    logs = [math.log(a[block] / b[block]) for block in a.keys() & b.keys()]
+    logs = [math.log(a[block] / b[block]) for block in sorted(a.keys() & b.keys())]
     n = len(logs)
     if n < 4:
         return None
     mean = sum(logs) / n
     spread = sum((x - mean) ** 2 for x in logs) / (n - 3)              # few blocks know their own spread badly: as Student's t is wide
-    return Gap(mean, math.sqrt(spread / n), n)
+    return Gap(mean, math.sqrt(spread / n) * _alike([logs]), n)
+
+
+def slowdown_since(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """The same of stretches that lie one behind the other, for a replica with none beside it: mean logs at about the same batch size.
+
+    What changed on the machine in between counts as the draft's. `n` is of the side with fewer stretches; None where too few match.
+    """
+    a, b = _by_batch(new), _by_batch(old)
+    both = [(a[size], b[size]) for size in a.keys() & b.keys()]
+    free = sum(len(x) + len(y) - 2 for x, y in both)
+    if free < 4:
+        return None
+    weights = [len(x) * len(y) / (len(x) + len(y)) for x, y in both]
+    mean = sum(w * (fmean(x) - fmean(y)) for w, (x, y) in zip(weights, both, strict=True)) / sum(weights)
+    squares = sum((value - fmean(side)) ** 2 for pair in both for side in pair for value in side)
+    spread = squares / max(free - 2, 1)                                # wide, as above
+    error = math.sqrt(spread / sum(weights)) * _alike([side for pair in both for side in pair])
+    return Gap(mean, error, min(sum(len(x) for x, _ in both), sum(len(y) for _, y in both)))
 
 
 def error_rise(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
@@ -102,7 +123,7 @@ def _read(shard: Stored) -> list[LiveRow]:
         return []
     return [LiveRow(row["time"].timestamp(), row["request_id"], row["workload"], row["replica"], row["draft_version"],
                     next(iter(row["drafted"]), 0), next(iter(row["accepted"]), 0), row["emitted_tokens"], row["duration_ms"],
-                    row["finish_reason"]) for row in table.to_pylist()]
+                    row["finish_reason"], row["mean_batch_size"]) for row in table.to_pylist()]
 
 
 def _ratio(requests: list[tuple[int, int]]) -> Rate:
@@ -124,6 +145,23 @@ def _ms_per_token(rows: Iterable[LiveRow]) -> dict[int, float]:
             found[0] += row.duration_ms
             found[1] += row.emitted
     return {block: duration / emitted for block, (duration, emitted) in sums.items()}
+
+
+def _by_batch(rows: Iterable[LiveRow]) -> dict[int, list[float]]:
+    """Logs of the time per token in each stretch, by batch size: 1, 2, 3 to 5, 6 to 11, ..."""
+    sizes: dict[int, list[LiveRow]] = {}
+    for row in rows:
+        sizes.setdefault(round(math.log2(max(row.batch, 1.0))), []).append(row)
+    return {size: [math.log(ms) for _, ms in sorted(_ms_per_token(found).items())] for size, found in sizes.items()}
+
+
+def _alike(sides: Sequence[Sequence[float]]) -> float:
+    """How much wider an error is because a stretch is like the one before it: sqrt((1 + r) / (1 - r)), r their correlation."""
+    off = [[value - fmean(side) for value in side] for side in sides]
+    squares = sum(x * x for side in off for x in side)
+    products = sum(x * y for side in off for x, y in pairwise(side))
+    r = min(max(products / squares, 0.0), 0.9) if squares else 0.0
+    return math.sqrt((1 + r) / (1 - r))
 
 
 def _errors(rows: Iterable[LiveRow]) -> tuple[float, float, int]:

@@ -1,7 +1,7 @@
 """What a rollout does next, and why. Pure: record, replicas, evidence and time in, one action out; reads and writes nothing.
 
-    canary    every canary serves it, `bake_s` have passed and the bake is fine       -> wider, or to all
-    rolling   every chosen replica serves it, `step_s` have passed, nothing is worse  -> wider, at last settled
+    canary    every canary has served it for `bake_s` and the bake is fine            -> wider, or to all
+    rolling   every chosen replica has served it for `step_s`, nothing is worse       -> wider, at last settled
     any       a replica that serves it is silent, refuses it, holds other bytes, or live traffic is worse -> back
     any       the clock was set back behind the record's: neither silence nor a bake can be timed         -> back
 A pause stops what goes forward, never the way back.
@@ -61,17 +61,23 @@ def next_action(latest: Deployment | None, sight: Sight, settings: RolloutSettin
         return Action(Kind.BACK, "; ".join(troubles))
     if sight.evidence.error:
         return Action(Kind.WAIT, f"live traffic can't be seen: {sight.evidence.error}")
-    baked = judge_bake(sight.evidence, settings, time_is_up=latest.stage == CANARY and age >= settings.max_bake_s)
+    late = [name for name in chosen if not has_applied(sight.replicas[name], latest)]
+    served_s = 0.0 if late else sight.now - _served_since(latest, sight)
+    baked = judge_bake(sight.evidence, settings, time_is_up=latest.stage == CANARY and served_s >= settings.max_bake_s,
+                       must_time=latest.stage == CANARY and bool(latest.deferred))
     if baked.decision is Decision.WORSE:
         return Action(Kind.BACK, baked.reason)
     if latest.hold == PAUSED:
         return Action(Kind.WAIT, f"paused by {latest.who}: {latest.reason}")
-    late = [name for name in chosen if not has_applied(sight.replicas[name], latest)]
     if late:
         return Action(Kind.WAIT, f"waiting for {', '.join(late)} to serve it")
-    if latest.stage == CANARY and (wait := _still_bakes(sight, baked, age, settings)):
+    if baked.decision is Decision.UNTIMED:
+        return Action(Kind.BACK, baked.reason)
+    if _began_again(latest, served_s, age, settings):
+        return Action(Kind.BACK, f"{', '.join(chosen)} began to serve it anew {served_s:.0f} s ago, {age:.0f} s into the bake: see its log")
+    if latest.stage == CANARY and (wait := _still_bakes(latest, sight, baked, served_s, settings)):
         return Action(Kind.WAIT, wait)
-    if latest.stage != CANARY and age < settings.step_s:
+    if latest.stage != CANARY and served_s < settings.step_s:
         return Action(Kind.WAIT, f"{len(chosen)} replicas serve it, the next step is {settings.step_s:.0f} s after this one")
     reason = baked.reason if sight.evidence.has_traffic else "no traffic during the bake, so nothing was compared"
     return _forward(chosen, sorted(fresh(sight.replicas, settings.heartbeat_s, sight.now)), reason, settings)
@@ -107,13 +113,23 @@ def _troubles(latest: Deployment, sight: Sight, settings: RolloutSettings) -> li
     return [trouble for trouble in found if trouble]
 
 
-def _still_bakes(sight: Sight, baked: BakeVerdict, age: float, settings: RolloutSettings) -> str:
-    """Why the canary is not widened yet; "" when it is done."""
-    told = f"bake {age:.0f} s: {baked.reason}"
-    if age < settings.bake_s:
+def _served_since(latest: Deployment, sight: Sight) -> float:
+    """When the last of the chosen began to serve it; those of an older version don't say, and are taken to have begun with the record."""
+    return max([latest.created_at, *(sight.replicas[name].serving_since for name in latest.canary_replicas)])
+
+
+def _began_again(latest: Deployment, served_s: float, age: float, settings: RolloutSettings) -> bool:
+    """Whether a canary that starts anew again and again has kept the bake open for longer than one that starts late could."""
+    return latest.stage == CANARY and served_s < settings.max_bake_s <= age - settings.serve_timeout_s - settings.heartbeat_s
+
+
+def _still_bakes(latest: Deployment, sight: Sight, baked: BakeVerdict, served_s: float, settings: RolloutSettings) -> str:
+    """Why the canary is not widened yet; "" when it is done. Without any traffic a draft goes on that the gate has timed."""
+    told = f"bake {served_s:.0f} s: {baked.reason}"
+    if served_s < settings.bake_s:
         return told
     speed = sum(state.tokens_per_s for state in sight.replicas.values())
-    is_quiet = not sight.evidence.has_traffic and speed <= 0 and age >= settings.bake_s + QUIET_S
+    is_quiet = not sight.evidence.has_traffic and speed <= 0 and served_s >= settings.bake_s + QUIET_S and not latest.deferred
     return "" if baked.decision is Decision.FINE or is_quiet else told
 
 

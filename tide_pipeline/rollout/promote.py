@@ -14,7 +14,7 @@ from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild, GateV
 from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
 from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused, SettingsError
-from tide_pipeline.gate.judge import DOORS
+from tide_pipeline.gate.judge import BENCHED, DOORS
 from tide_pipeline.rollout.drive import Driver, Report
 from tide_pipeline.rollout.history import (
     PINNED,
@@ -59,6 +59,7 @@ class Promotion:
     who: str
     reason: str
     first_position: float          # in the gate
+    deferred: tuple[str, ...]      # doors that the gate left to the canary
 
 
 def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str, reason: str,
@@ -67,11 +68,11 @@ def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
 
     Raises:
         GateNotPassed: the verdict does not open every door, is of another draft, or the build's bytes changed since.
-        RolloutRefused: what is served is pinned, or replicas have reported and none does now.
+        RolloutRefused: what is served is pinned, or replicas have reported and none does now, or none ever did and one has to time it.
         DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
     check_verdict(config, build, verdict)
-    wanted = Promotion(build, workload, who, reason, _first_position(verdict))
+    wanted = Promotion(build, workload, who, reason, _first_position(verdict), verdict.deferred)
     begun = decide_and_append(_record(config), lambda latest: _open(config, latest, wanted))
     if not is_under_way(begun):                                        # served already, or nobody there to watch
         return begun
@@ -91,7 +92,7 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
             return latest
         return opened(latest, config.target, workload, build.build_id, (), who,
                       f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it",
-                      _first_position(verdict))
+                      _first_position(verdict), verdict.deferred)
 
     return decide_and_append(_record(config), decide)
 
@@ -104,6 +105,10 @@ def check_verdict(config: TideConfig, build: EngineBuild, verdict: GateVerdict) 
     if verdict.challenger_digest != build.draft_digest:
         raise GateNotPassed(f"the verdict is about draft {verdict.challenger_digest[:12]}, build {build.build_id} holds "
                             f"{build.draft_digest[:12]}: run `tide gate` on this build")
+    if bool(verdict.deferred) == (build.backend in BENCHED):
+        told = "left to the canary" if verdict.deferred else "measured by the gate"
+        raise GateNotPassed(f"the benchmark of {build.draft_version} was {told}, which is not how builds for backend {build.backend!r} are "
+                            "judged: run `tide gate` on this build")
     try:
         found = load_build(config.state.builds, config.target, build.build_id)
     except BuildError as error:
@@ -124,10 +129,13 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
     if live:
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
         return opened(latest, config.target, workload, build.build_id, canaries, wanted.who,
-                      f"{title}: canary on {', '.join(canaries)} of {len(live)}", wanted.first_position)
+                      f"{title}: canary on {', '.join(canaries)} of {len(live)}", wanted.first_position, wanted.deferred)
     if read_observed(config.state.observed, config.target):
         raise RolloutRefused(f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: "
                              "nobody could be watched, look at `tide status`")
+    if wanted.deferred:
+        raise RolloutRefused(f"the gate left the benchmark of {build.draft_version} to a canary, and no replica of {config.target} has "
+                             "ever reported: start one on the draft that the engine ships, send it traffic, then promote this one")
     return following(latest, config.target, {"rest": {**rest_of(latest), workload: build.build_id}}, (), STABLE, wanted.who,
                      f"{title}: no replica was live, so nothing was watched", workload=workload, first_position=wanted.first_position)
 

@@ -38,6 +38,7 @@ class DraftAgent:
         self._record = DeploymentRecord(config.state.deployments, config.target)
         self._applied = 0                          # number of the deployment being served
         self._serving: dict[str, EngineBuild] = {}
+        self._serving_since = 0.0                  # of the first report of it: a server that still warms up serves nobody
         self._failed, self._retry_at = 0, 0.0      # number of the deployment that could not be served
         self._needs_restart = 0                    # number of a deployment that this process can't change to
         self.since: dict[str, Since] = {}          # of what is served, by workload tag
@@ -94,11 +95,13 @@ class DraftAgent:
         recent, seconds = self._recent.take(time.monotonic())
         versions = {build.draft_version for build in self._serving.values()}
         drafted = sum((counts for version, counts in recent.items() if version in versions), Counts())
+        now = time.time()
+        self._serving_since = self._serving_since or now
         return ObservedState(
             self.replica, self._config.target, self._applied, {tag: b.build_id for tag, b in self._serving.items()},
             {tag: b.draft_digest for tag, b in self._serving.items()}, drafted.acceptance_length,
-            sum(counts.emitted for counts in recent.values()) / seconds, self.error, time.time(), os.getpid(),
-            self._needs_restart)
+            sum(counts.emitted for counts in recent.values()) / seconds, self.error, now, os.getpid(),
+            self._needs_restart, self._serving_since)
 
     def publish(self) -> None:
         """Write the report beside the record, unless a successor has begun to. Never raises: a full disk must not stop serving."""
@@ -129,7 +132,7 @@ class DraftAgent:
         if {tag: b.build_id for tag, b in builds.items()} == {tag: b.build_id for tag, b in self._serving.items()}:
             return False
         self._engine.set_drafts(builds)
-        self._serving = builds
+        self._serving, self._serving_since = builds, 0.0
         self._recorder.on_drafts_changed()
         log.info("deployment %d: now serving %s", desired.n, {tag: b.draft_version for tag, b in builds.items()})
         return True

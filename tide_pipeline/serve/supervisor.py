@@ -5,7 +5,8 @@
 A server whose engine can't change its draft while it runs (TensorRT-LLM) says so in its observed state, and gets a successor: started
 beside it, made known to the front through the replicas file, then the old one drains (serve.draft_swap = "blue_green"; needs memory for
 two); or started in its place, on its ports ("restart", and whatever is set where no replicas file is given, as in Compose: whoever asks a
-fixed address would not find another). A successor beside that does not get ready changes nothing; one in its place is started again.
+fixed address would not find another). A successor beside that does not get ready changes nothing; one in its place is started again. While
+one is started in the place of another nobody is there to report: the supervisor does, or the replica would count as dead for those minutes.
 
 Its state file (JSON, replaced whole) tells pids, addresses, restarts and what it is doing. Exit codes: 0 stopped, 2 could not start.
 """
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tide_pipeline.config import TideConfig, load_toml, override
-from tide_pipeline.deployment.record import read_replica
+from tide_pipeline.deployment.record import read_replica, write_observed
 from tide_pipeline.errors import TideError
 from tide_pipeline.provenance import write_json
 from tide_pipeline.serve.front.change import change_replicas
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5                # before a restart; doubles
 LONGEST_PAUSE_S = 30.0
 POLL_S = 0.2
+BEAT_S = 2.0                       # between two reports for a server that is being started
 
 
 @dataclass
@@ -138,7 +140,7 @@ class ReplicaSupervisor:
             old.stop()
         try:
             new.start()
-            ready = self._await_ready(new)
+            ready = self._await_ready(new, reports=not beside)
         except TideError as error:
             self._tell(self.state.state, str(error))
             log.error("no successor for deployment %d: %s", wanted, error)
@@ -155,6 +157,12 @@ class ReplicaSupervisor:
             self._stop.wait(2 * READ_S)            # until the front has read it; Triton then ends what is in flight
             old.stop()
 
+    def _report(self) -> None:
+        """What the replica last said of itself, as of now."""
+        seen = read_replica(self._config.state.observed, self._config.target, self._replica.replica)
+        if seen is not None:
+            write_observed(self._config.state.observed, replace(seen, at=time.time()))
+
     def _tell_front(self) -> None:
         """Requests go to the new address."""
         if self._replicas_file is None or not self._replicas_file.exists():        # a stack writes it when all replicas are there
@@ -166,12 +174,16 @@ class ReplicaSupervisor:
             self._tell(self.state.state, f"the front was not told of the new server: {error}")
             log.error("%s", self.state.error)
 
-    def _await_ready(self, replica: TritonReplica) -> bool:
-        """As `wait_ready`, but gives way to `stop`."""
-        gives_up = time.monotonic() + self._config.stack.start_timeout_s
+    def _await_ready(self, replica: TritonReplica, reports: bool = False) -> bool:
+        """As `wait_ready`, but gives way to `stop`. With `reports` the replica counts as alive meanwhile."""
+        reported = time.monotonic()
+        gives_up = reported + self._config.stack.start_timeout_s
         while not self._stop.is_set():
             if replica.is_ready():
                 return True
+            if reports and time.monotonic() - reported > BEAT_S:
+                reported = time.monotonic()
+                self._report()
             if replica.returncode() is not None or time.monotonic() > gives_up:
                 replica.wait_ready(0.0)                # raises, with what the log says
             time.sleep(POLL_S / 2)
