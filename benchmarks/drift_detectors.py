@@ -27,7 +27,8 @@ from options import finish, parser, settle
 from tide_pipeline.capture.store import open_store
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.drift.backtest import backtest
-from tide_pipeline.drift.policies import POLICIES, Slot
+from tide_pipeline.drift.policies import POLICIES, Running
+from tide_pipeline.drift.slots import Slot
 
 SLOT_S, REQUESTS, STEPS, SPREAD = 5.0, 10, 30, 0.12
 LEVEL, HOUR_S, COOLDOWN_S = 0.74, 3600.0, 1800.0
@@ -90,7 +91,7 @@ def slots_of(stream: Stream, seed: int) -> list[Slot]:
 def alarms(policy: str, slots: list[Slot]) -> list[float]:
     """Moments at which it spoke, COOLDOWN_S apart."""
     config, out = TideConfig(), list[float]()
-    rule = POLICIES[policy](config.drift, config.capture)
+    rule = Running(policy, config.drift, config.capture)
     for slot in slots:
         if rule.update(slot) and (not out or slot.time >= out[-1] + COOLDOWN_S):
             out.append(slot.time)
