@@ -17,6 +17,8 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.drift import watch
 from tide_pipeline.drift.backtest import backtest
 from tide_pipeline.drift.judge import judge_drift
+from tide_pipeline.drift.replay import Key, recorded
+from tide_pipeline.drift.slots import Slot
 
 SLOT_S = watch.SLOT_S
 NOW = time.time() // SLOT_S * SLOT_S
@@ -76,10 +78,13 @@ def test_a_look_back_in_time_is_not_answered_from_memory(config: TideConfig) -> 
 
 
 def test_only_new_slots_are_read_again(config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    recorded = watch.recorded
-    monkeypatch.setattr(watch, "recorded", lambda config, since, until, slot_s: asked.append(until - since) or
-                        recorded(config, since, until, slot_s))
+    asked: list[float] = []
+
+    def asking(config: TideConfig, since: float, until: float, slot_s: float) -> Iterator[tuple[Key, Slot]]:
+        asked.append(until - since)
+        return recorded(config, since, until, slot_s)
+
+    monkeypatch.setattr(watch, "recorded", asking)
     for back in (20.0, 15.0, 10.0):
         verdict(config, "judge+paper", NOW - back, "fr")
     first, *later = asked

@@ -39,15 +39,14 @@ class Alarm:
         self._evidence = ""
 
     @property
-    def is_raised(self) -> bool:
+    def fires(self) -> bool:
         return self._before is not None
 
-    def update(self, slot: Slot) -> bool:
+    def take(self, slot: Slot) -> None:
         self._gathered.add(slot)
         if self._gathered.drafted >= VALUE_STEPS:
             self._take(self._gathered.rate, slot.time)
             self._gathered = Sums()
-        return self.is_raised
 
     @property
     def says(self) -> str:

@@ -23,25 +23,37 @@ class Judge:
         self.settings, self.baseline = settings, baseline
         self.drafted = self.requests = 0           # in the window
         self._slots: deque[Slot] = deque()
-        self.drop, self.low, self.high = 0.0, -1.0, 1.0
+        self._drop: tuple[float, float, float] | None = None
 
-    def update(self, slot: Slot) -> bool:
-        s = self.settings
+    def take(self, slot: Slot) -> None:
+        self._drop = None
         self._count(slot, 1)
         self._slots.append(slot)
         while self._is_old(self._slots[0], slot.time):
             self._count(self._slots.popleft(), -1)
-        if self.drafted < s.min_steps or self.requests < MIN_REQUESTS:
-            self.drop, self.low, self.high = 0.0, -1.0, 1.0
-            return False
-        recent = weighted(self._slots, min(slot.time - s.recent_s, self._slots[0].time), slot.time)
-        self.drop, self.low, self.high = drop_interval(recent, self.baseline)
-        return self.low >= s.min_drop
+
+    @property
+    def drop(self) -> tuple[float, float, float]:
+        """And its interval; too little data is (0, -1, 1). Asked for, it is worked out: most slots are not asked about."""
+        if self._drop is None:
+            self._drop = self._compare()
+        return self._drop
+
+    @property
+    def fires(self) -> bool:
+        return self.drop[1] >= self.settings.min_drop
 
     @property
     def says(self) -> str:
-        sign = ">=" if self.low >= self.settings.min_drop else "<"
-        return f"drop {self.drop:.2f} ({self.low:.2f} to {self.high:.2f}): lower end {sign} {self.settings.min_drop:.2f}"
+        drop, low, high = self.drop
+        return f"drop {drop:.2f} ({low:.2f} to {high:.2f}): lower end {'>=' if self.fires else '<'} {self.settings.min_drop:.2f}"
+
+    def _compare(self) -> tuple[float, float, float]:
+        s = self.settings
+        if self.drafted < s.min_steps or self.requests < MIN_REQUESTS:
+            return 0.0, -1.0, 1.0
+        now = self._slots[-1].time
+        return drop_interval(weighted(self._slots, min(now - s.recent_s, self._slots[0].time), now), self.baseline)
 
     def _count(self, slot: Slot, sign: int) -> None:
         self.drafted += sign * slot.drafted
@@ -58,21 +70,26 @@ class JudgeAnd:
     def __init__(self, judge: Judge, alarm: Alarm) -> None:
         self._judge, self._alarm = judge, alarm
 
-    def update(self, slot: Slot) -> bool:
-        fallen, alarmed = self._judge.update(slot), self._alarm.update(slot)
-        return fallen or (alarmed and self._bears_out)
+    def take(self, slot: Slot) -> None:
+        self._judge.take(slot)
+        self._alarm.take(slot)
+
+    @property
+    def fires(self) -> bool:
+        return self._judge.fires or (self._alarm.fires and self._bears_out)
 
     @property
     def _bears_out(self) -> bool:
-        return self._judge.low > 0 and self._judge.drop >= LEAST_DROP
+        drop, low, _ = self._judge.drop
+        return low > 0 and drop >= LEAST_DROP
 
     @property
     def says(self) -> str:
-        judge = self._judge
-        if not self._alarm.is_raised or judge.low >= judge.settings.min_drop:
-            return f"{judge.says}; {self._alarm.says}"
+        if self._judge.fires or not self._alarm.fires:
+            return f"{self._judge.says}; {self._alarm.says}"
+        drop, low, high = self._judge.drop
         is_borne_out = "a real drop" if self._bears_out else f"not borne out yet, needs a lower end > 0 and a drop >= {LEAST_DROP:.2f}"
-        return f"{self._alarm.says}; {is_borne_out}: {judge.drop:.2f} ({judge.low:.2f} to {judge.high:.2f})"
+        return f"{self._alarm.says}; {is_borne_out}: {drop:.2f} ({low:.2f} to {high:.2f})"
 
 
 class LevelEma:
@@ -82,12 +99,14 @@ class LevelEma:
         self._level, self._epsilon, self._keep = baseline.rate, epsilon, keep
         self._ema = -1.0
 
-    def update(self, slot: Slot) -> bool:
+    def take(self, slot: Slot) -> None:
         if slot.drafted:
             self._ema = slot.rate if self._ema < 0 else self._keep * self._ema + (1 - self._keep) * slot.rate
+
+    @property
+    def fires(self) -> bool:
         return 0 <= self._ema < self._level - self._epsilon
 
     @property
     def says(self) -> str:
-        sign = "<" if self._ema < self._level - self._epsilon else ">="
-        return f"average {self._ema:.2f} {sign} {self._level:.2f} at promotion - {self._epsilon:.2f}"
+        return f"average {self._ema:.2f} {'<' if self.fires else '>='} {self._level:.2f} at promotion - {self._epsilon:.2f}"

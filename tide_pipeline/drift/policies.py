@@ -30,10 +30,15 @@ from tide_pipeline.drift.slots import Slot, Sums
 HOUR_S = 3600.0
 
 
-class Policy(Protocol):
-    """Decides for one workload on one draft version."""
+class Rule(Protocol):
+    """Decides for one workload on one draft version, whose acceptance at promotion is known."""
 
-    def update(self, slot: Slot) -> bool:
+    def take(self, slot: Slot) -> None:
+        """The next one."""
+        ...
+
+    @property
+    def fires(self) -> bool:
         """Whether to adapt now; goes on saying so while it holds."""
         ...
 
@@ -52,7 +57,7 @@ def _page_hinkley(capture: CaptureSettings) -> Alarm:
     return Alarm(ChangePoint("Page-Hinkley", test), capture.change_delta / 2)
 
 
-POLICIES: dict[str, Callable[[DriftSettings, CaptureSettings, RateEstimate], Policy]] = {
+POLICIES: dict[str, Callable[[DriftSettings, CaptureSettings, RateEstimate], Rule]] = {
     "judge": lambda drift, _, baseline: Judge(drift, baseline),
     "judge+paper": lambda drift, capture, baseline: JudgeAnd(Judge(drift, baseline), _paper(capture)),
     "judge+change": lambda drift, capture, baseline: JudgeAnd(Judge(drift, baseline), _page_hinkley(capture)),
@@ -75,18 +80,20 @@ class Running:
         self._make, self._drift, self._capture = POLICIES[name], drift, capture
         self._baseline, self._first = baseline, Sums()
         self._since = -math.inf
-        self._now: Policy | None = None
-        self._next: Policy | None = None
+        self._now: Rule | None = None
+        self._next: Rule | None = None
 
     def update(self, slot: Slot) -> bool:
+        """Whether to adapt now."""
         if self._baseline is None:
             self._calibrate(slot)
             return False
         if self._now is None or self._next is None or remembers_since(slot.time) != self._since:
             self._hand_over(remembers_since(slot.time), self._baseline)
         assert self._now is not None and self._next is not None
-        self._next.update(slot)
-        return self._now.update(slot)
+        self._next.take(slot)
+        self._now.take(slot)
+        return self._now.fires
 
     @property
     def says(self) -> str:

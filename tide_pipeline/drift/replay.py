@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.drift.early import LATE_S
-from tide_pipeline.drift.policies import Policy
 from tide_pipeline.drift.rates import RateEstimate
 from tide_pipeline.drift.slots import Slot, Sums
 from tide_pipeline.drift.views import read
@@ -59,6 +59,14 @@ def recorded(config: TideConfig, since: float, until: float, slot_s: float) -> I
         for at, workload, version, *sums in read(config, _SLOTS, bounds, since=begin, until=end + LATE_S):
             yield (workload, version), Slot(at, *sums)
         begin = end
+
+
+class Policy(Protocol):
+    """policies.Running, or what stands in for it."""
+
+    def update(self, slot: Slot) -> bool:
+        """Whether to adapt now."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,13 @@ def watch(config: TideConfig, now: float, earlies: Mapping[Key, Early]) -> dict[
     until = (now - config.capture.flush_s) // SLOT_S * SLOT_S
     name, make = config.drift.policy, POLICIES[config.drift.policy]
     rules = {key: make(config.drift, config.capture, early.estimate) for key, early in earlies.items()}
-    fired: dict[Key, bool] = {}
+    fed: set[Key] = set()
     for key, slot in _slots(config, remembers_since(until), until) if rules else ():
         if key in rules and slot.time - SLOT_S >= earlies[key].until:
-            fired[key] = rules[key].update(slot)
+            rules[key].take(slot)
+            fed.add(key)
     nothing = f"no request has ended after the baseline and more than {now - until:.0f} s ago"
-    return {key: Said(name, fired.get(key, False), rule.says if key in fired else nothing) for key, rule in rules.items()}
+    return {key: Said(name, rule.fires, rule.says) if key in fed else Said(name, False, nothing) for key, rule in rules.items()}
 
 
 def _slots(config: TideConfig, since: float, until: float) -> list[tuple[Key, Slot]]:
