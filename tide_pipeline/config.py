@@ -16,6 +16,8 @@ from tide_pipeline.errors import SettingsError
 
 T = TypeVar("T")
 
+DRIFT_POLICIES = ("judge", "judge+paper", "judge+change", "ema", "paper", "page_hinkley", "adwin")    # drift/policies.py has the rules
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -81,6 +83,7 @@ class CaptureSettings:
 class DriftSettings:
     """When acceptance counts as fallen."""
 
+    policy: str = "judge"              # of DRIFT_POLICIES: docs/drift.md has what each is good for
     recent_s: float = 60.0             # the window that is judged
     min_steps: int = 200               # drafted steps needed in it
     min_drop: float = 0.10             # of first-position acceptance, lower end of the interval
@@ -90,6 +93,10 @@ class DriftSettings:
     training_hours_per_day: float = 8.0    # adaptations of a target may take together, in any 24 hours; 0 is no limit
     pay_back_s: float = 86_400.0       # in which an adaptation must earn the tokens that training costs; 0 is not asked
     training_slowdown: float = 0.5     # share of serving lost while a draft trains; 0 where it trains on devices of its own
+
+    def __post_init__(self) -> None:
+        if self.policy not in DRIFT_POLICIES:
+            raise SettingsError(f"settings.drift.policy: no policy {self.policy!r}: choose from {', '.join(DRIFT_POLICIES)}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ import dagster as dg
 import pytest
 
 from tests.fakes_capture import SLOW, FakeEngine
+from tests.fakes_drift import traffic, write_log
 from tide_pipeline import recipes
 from tide_pipeline.capture import index
 from tide_pipeline.capture.recorder import Recorder
@@ -421,6 +423,23 @@ def _passed(bench: Bench, build_id: str = "b1") -> None:
 
 def _tags_of(request: dg.RunRequest) -> dict[str, str]:
     return {**defs().resolve_job_def("adapt_draft").run_tags, **request.tags}
+
+
+def test_another_policy_acts_on_what_the_level_leaves_alone(bench: Bench) -> None:
+    """A fall of 0.13, a minute ago: too small for the whole interval, plain for the paper's averages. The rules behind are the same."""
+    now, rng = time.time(), random.Random(5)
+    for begin, end, rate in ((now - 700, now - 90, 0.75), (now - 90, now, 0.62)):
+        write_log(bench.config, traffic(rng, begin, end, rate, workload="code", requests_per_s=2.0))
+    bench.collect(6)
+    assert "lower end < 0.10" in why(bench.tick())
+    recipes.freeze(override(bench.config, {"drift": {"policy": "judge+paper"}}), Path(bench.tide.config_file))
+    (request,) = bench.tick().run_requests or []
+    assert re.search(r"first-position acceptance 0\.6\d, baseline 0\.7\d, drop .* steps: judge\+paper fires, alarm of \d\d:\d\d:\d\d UTC: "
+                     r"short average 0\.\d\d < long 0\.\d\d - 0\.05, now 0\.\d\d; a real drop", request.tags["tide/reason"])
+    assert request.run_key == "pocket/code/1/1" and "cooling down for another" in why(bench.tick())
+    recipes.freeze(override(bench.config, {"drift": {"policy": "judge+paper", "pay_back_s": 0.01}}), Path(bench.tide.config_file))
+    _later(bench)
+    assert "code: drifted, but not worth it" in why(bench.tick())
 
 
 def _later(bench: Bench) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tide_pipeline.cli.app import STAGES, JsonFlag, app, console, print_json, print_table, settings_of
+from tide_pipeline.config import DRIFT_POLICIES
 from tide_pipeline.errors import InvalidRequest
 
 drift = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
@@ -43,7 +44,7 @@ def now(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 def backtest(
     ctx: typer.Context,
     since: Annotated[str, typer.Option(metavar="AGO|TIME", help="30m, 12h, 7d, or 2026-02-07T09:00 (UTC).")] = "24h",
-    policy: Annotated[list[str] | None, typer.Option(help="judge, judge+paper, ema, paper, page_hinkley, adwin; default: all.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DRIFT_POLICIES)}; default: all.")] = None,
     slot_s: Annotated[float, typer.Option(min=0.1, help="Traffic is put together over so many seconds.")] = 5.0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: reports/backtest.html in the state directory.")] = None,
     as_json: JsonFlag = False,

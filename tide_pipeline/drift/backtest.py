@@ -6,13 +6,16 @@ each slot's throughput would have been higher by worth.gain_share of the drop at
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.drift.policies import POLICIES, Slot
-from tide_pipeline.drift.replay import Firing, Key, Replay, recorded
+from tide_pipeline.drift.deployed import read_deployed
+from tide_pipeline.drift.early import early_life
+from tide_pipeline.drift.policies import POLICIES, Running
+from tide_pipeline.drift.replay import Firing, Key, Known, Replay, recorded
+from tide_pipeline.drift.slots import Slot
 from tide_pipeline.drift.worth import Price, gain_share
 from tide_pipeline.errors import InvalidRequest
 
@@ -54,7 +57,8 @@ def backtest(config: TideConfig, policies: Sequence[str], since: float, until: f
     if unknown:
         raise InvalidRequest(f"no policy {', '.join(unknown)}: choose from {', '.join(POLICIES)}")
     price = Price.of(config)
-    runs = [_Run(name, config, price) for name in policies]
+    known = _known(config, slot_s)
+    runs = [_Run(name, config, price, known) for name in policies]
     lines, tokens = _Lines((until - since) / MOST_POINTS), 0
     for key, slot in recorded(config, since, until, slot_s):
         tokens += slot.tokens
@@ -67,15 +71,27 @@ def backtest(config: TideConfig, policies: Sequence[str], since: float, until: f
     return Backtest(config.target, since, until, tokens, [run.outcome for run in runs], lines.made)
 
 
+def _known(config: TideConfig, slot_s: float) -> Callable[[Key], Known | None]:
+    """What the sensor compares a workload with; None where the draft's early life is not in the log, or not complete in it."""
+    deployed = read_deployed(config)
+
+    @cache
+    def known(key: Key) -> Known | None:
+        workload, version = key
+        early = early_life(config, version, deployed.since.get(version)).of(workload)
+        return Known(early.estimate, early.until + slot_s) if early is not None and early.is_complete else None
+    return known
+
+
 class _Run:
     """One policy, its budget and its earnings."""
 
-    def __init__(self, name: str, config: TideConfig, price: Price) -> None:
+    def __init__(self, name: str, config: TideConfig, price: Price, known: Callable[[Key], Known | None]) -> None:
         self.outcome, self._price = Outcome(name), price
         self._hours_per_day = config.drift.training_hours_per_day
         self._lifted: dict[str, Firing] = {}       # workload -> the firing whose draft it would be served by
-        self._replay = Replay(partial(POLICIES[name], config.drift, config.capture), cooldown_s=config.drift.cooldown_s,
-                              lead_s=price.train_s, allow=self._can_pay)
+        self._replay = Replay(lambda baseline: Running(name, config.drift, config.capture, baseline),
+                              cooldown_s=config.drift.cooldown_s, lead_s=price.train_s, known=known, allow=self._can_pay)
 
     def push(self, key: Key, slot: Slot) -> None:
         self._earn(key[0], slot)

@@ -1,6 +1,7 @@
 """Decide drift from first-position acceptance. `judge` is pure; `judge_drift` asks the log and the deployment record, and changes nothing.
 
-A workload has drifted when the whole 95 % interval of the drop, baseline - recent, lies at or above `drift.min_drop`.
+A workload has drifted when the whole 95 % interval of the drop, baseline - recent, lies at or above `drift.min_drop`; with another
+`drift.policy`, when that says so (watch.py). What makes too little data is the same for all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tide_pipeline.drift.acceptance import MIN_REQUESTS, REACH, newest_versions,
 from tide_pipeline.drift.deployed import read_deployed
 from tide_pipeline.drift.early import baseline_steps, early_life
 from tide_pipeline.drift.rates import RateEstimate, drop_interval
+from tide_pipeline.drift.watch import Said, watch
 
 
 def judge_drift(config: TideConfig, now: float | None = None) -> list[DriftVerdict]:
@@ -27,15 +29,20 @@ def judge_drift(config: TideConfig, now: float | None = None) -> list[DriftVerdi
     earlies = {workload: lives[version].of(workload) for workload, version in versions.items()}
     complete = {workload: early for workload, early in earlies.items() if early is not None and early.is_complete}
     rates = recent(config, now, versions, {workload: early.until for workload, early in complete.items()})
+    said = {}
+    if config.drift.policy != "judge":
+        said = watch(config, now, {(workload, versions[workload]): early for workload, early in complete.items()})
     return [judge(target=config.target, workload=workload, draft_version=version, recent=rates.get(workload),
                   baseline=complete[workload].estimate if workload in complete else None,
-                  baseline_so_far=early.estimate.steps if (early := earlies[workload]) else 0, settings=config.drift)
+                  baseline_so_far=early.estimate.steps if (early := earlies[workload]) else 0, settings=config.drift,
+                  said=said.get((workload, version)))
             for workload, version in versions.items()]
 
 
 def judge(*, target: str, workload: str, draft_version: str, recent: RateEstimate | None, baseline: RateEstimate | None,
-          settings: DriftSettings, baseline_so_far: int = 0) -> DriftVerdict:
-    """The verdict on these numbers. `baseline` None: not known yet, `baseline_so_far` drafted steps of it are in."""
+          settings: DriftSettings, baseline_so_far: int = 0, said: Said | None = None) -> DriftVerdict:
+    """The verdict on these numbers. `baseline` None: not known yet, `baseline_so_far` drafted steps of it are in. `said`: by what decides
+    in place of the interval."""
     lacking = _lacking(recent, baseline, baseline_so_far, settings, draft_version)
     if lacking or recent is None or baseline is None:
         return DriftVerdict(target, workload, drifted=False, enough_data=False, first_position_rate=recent.rate if recent else 0.0,
@@ -43,13 +50,20 @@ def judge(*, target: str, workload: str, draft_version: str, recent: RateEstimat
                             num_steps=recent.steps if recent else 0, baseline_steps=baseline.steps if baseline else baseline_so_far,
                             draft_version=draft_version, reason=f"too little data: {lacking}")
     drop, low, high = drop_interval(recent, baseline)
-    drifted = low >= settings.min_drop
+    drifted = said.has_fired if said is not None else low >= settings.min_drop
     reason = (f"first-position acceptance {recent.rate:.2f}, baseline {baseline.rate:.2f}, drop {drop:.2f} ({low:.2f} to {high:.2f}) "
-              f"over {recent.steps} steps: lower end {'>=' if drifted else '<'} {settings.min_drop:.2f}"
-              + ("; a real drop, too small to act on yet" if 0 < low < settings.min_drop else ""))
+              f"over {recent.steps} steps: {_decided(low, settings, said)}")
     return DriftVerdict(target, workload, drifted=drifted, enough_data=True, first_position_rate=recent.rate, baseline_rate=baseline.rate,
                         drop=drop, drop_low=low, drop_high=high, num_steps=recent.steps, baseline_steps=baseline.steps,
                         draft_version=draft_version, reason=reason)
+
+
+def _decided(low: float, settings: DriftSettings, said: Said | None) -> str:
+    """By what."""
+    if said is not None:
+        return f"{said.policy} {'fires' if said.has_fired else 'is quiet'}, {said.why}"
+    return (f"lower end {'>=' if low >= settings.min_drop else '<'} {settings.min_drop:.2f}"
+            + ("; a real drop, too small to act on yet" if 0 < low < settings.min_drop else ""))
 
 
 def _lacking(recent: RateEstimate | None, baseline: RateEstimate | None, so_far: int, settings: DriftSettings, version: str) -> str:

@@ -1,164 +1,110 @@
-"""Rules that could watch acceptance, behind one face: a Slot of traffic in, whether to adapt now out. Pure; judge.py is what runs.
+"""The table of rules that can watch acceptance: `drift.policy` names the one that the sensor follows, the backtest replays any. Pure.
 
     judge          ours: the whole 95 % interval of the drop from the acceptance at promotion lies at or above `min_drop`
     judge+paper    the same, or the paper's alarm once the interval excludes that nothing fell: smaller falls, seen sooner
-    ema            plain EMA of first-position acceptance below the acceptance at promotion by `epsilon`
-    paper          Algorithm 1: the short EMA below the long one by `epsilon`
-    page_hinkley, adwin       change-point tests alone, a value per slot
+    judge+change   the same with Page-Hinkley's alarm
+    ema            plain EMA of first-position acceptance below the acceptance at promotion by 0.10
+    paper          Algorithm 1: the short EMA below the long one by `capture.epsilon`
+    page_hinkley, adwin       change-point tests alone
 
-A policy sees one workload on one draft version.
+A rule remembers at least one hour and at most two: `Running` lets it begin anew at the whole hour, on what came since the hour before.
+So whoever reads that much of the log has the rule as it would be, had it run all the time: a sensor that was just started too.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from tide_pipeline.capture.change import PageHinkley
-from tide_pipeline.capture.emas import Emas
 from tide_pipeline.config import CaptureSettings, DriftSettings
-from tide_pipeline.drift.acceptance import MIN_REQUESTS, REACH
+from tide_pipeline.drift.acceptance import MIN_REQUESTS
 from tide_pipeline.drift.adwin import Adwin
+from tide_pipeline.drift.alarms import Alarm, Averages, ChangePoint
 from tide_pipeline.drift.early import baseline_steps
-from tide_pipeline.drift.rates import RateEstimate, clustered, drop_interval
+from tide_pipeline.drift.level import Judge, JudgeAnd, LevelEma
+from tide_pipeline.drift.rates import RateEstimate
+from tide_pipeline.drift.slots import Slot, Sums
+
+HOUR_S = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """What requests that ended in a few seconds said of first-position acceptance: sums that add up, d drafted and a accepted of each."""
+class Rule(Protocol):
+    """Decides for one workload on one draft version, whose acceptance at promotion is known."""
 
-    time: float                    # end of the slot, Unix seconds
-    requests: int                  # that drafted
-    drafted: int                   # sum(d)
-    accepted: int                  # sum(a)
-    dd: float                      # sum(d * d)
-    da: float                      # sum(d * a)
-    aa: float                      # sum(a * a)
-    tokens: int = 0                # emitted
-    steps: int = 0                 # all, drafted or not
+    def take(self, slot: Slot) -> None:
+        """The next one."""
+        ...
 
     @property
-    def rate(self) -> float:
-        return self.accepted / self.drafted
+    def fires(self) -> bool:
+        """Whether to adapt now; goes on saying so while it holds."""
+        ...
 
-
-class Policy(Protocol):
-    """Decides for one workload on one draft version."""
-
-    def update(self, slot: Slot) -> bool:
-        """Whether to adapt now; goes on saying so while it holds, where the rule looks at a level."""
+    @property
+    def says(self) -> str:
+        """Why, or why not, with the numbers."""
         ...
 
 
-class Sums:
-    """Slots added up, with the estimate of rates.py; slots can be taken out again."""
-
-    def __init__(self) -> None:
-        self.requests = self.drafted = self.accepted = 0
-        self._dd = self._da = self._aa = 0.0
-
-    def add(self, slot: Slot, sign: int = 1) -> None:
-        self.requests += sign * slot.requests
-        self.drafted += sign * slot.drafted
-        self.accepted += sign * slot.accepted
-        self._dd, self._da, self._aa = self._dd + sign * slot.dd, self._da + sign * slot.da, self._aa + sign * slot.aa
-
-    def estimate(self) -> RateEstimate:
-        d = max(self.drafted, 1)
-        rate, smooth = self.accepted / d, (self.accepted + 1) / (self.drafted + 2)
-        squares = max(0.0, self._aa - 2 * rate * self._da + rate * rate * self._dd) / d**2
-        return clustered(rate, self.drafted, self.requests, 1, squares, smooth * (1 - smooth) / d)
+def _paper(capture: CaptureSettings) -> Alarm:
+    return Alarm(Averages(capture), capture.epsilon / 2)
 
 
-class Judge:
-    """judge.py over slots: the baseline is the draft's first steps, recent are the last `recent_s`, or as far back as it needs to go."""
+def _page_hinkley(capture: CaptureSettings) -> Alarm:
+    test = PageHinkley(capture.change_delta, capture.change_threshold)
+    return Alarm(ChangePoint("Page-Hinkley", test), capture.change_delta / 2)
 
-    def __init__(self, settings: DriftSettings) -> None:
-        self.settings = settings
-        self.baseline, self.recent = Sums(), Sums()
-        self._slots: deque[Slot] = deque()
-        self.drop, self.low, self.high = 0.0, -1.0, 1.0
+
+POLICIES: dict[str, Callable[[DriftSettings, CaptureSettings, RateEstimate], Rule]] = {
+    "judge": lambda drift, _, baseline: Judge(drift, baseline),
+    "judge+paper": lambda drift, capture, baseline: JudgeAnd(Judge(drift, baseline), _paper(capture)),
+    "judge+change": lambda drift, capture, baseline: JudgeAnd(Judge(drift, baseline), _page_hinkley(capture)),
+    "ema": lambda _d, _c, baseline: LevelEma(baseline),
+    "paper": lambda _d, capture, _b: _paper(capture),
+    "page_hinkley": lambda _d, capture, _b: _page_hinkley(capture),
+    "adwin": lambda _d, capture, _b: Alarm(ChangePoint("ADWIN", Adwin(0.002)), capture.change_delta / 2),
+}
+
+
+def remembers_since(time: float) -> float:
+    """Slots that ended later than this are what a rule goes by at `time`."""
+    return (math.ceil(time / HOUR_S) - 2) * HOUR_S
+
+
+class Running:
+    """A policy over a life of any length. Without a `baseline` the first slots are taken for it."""
+
+    def __init__(self, name: str, drift: DriftSettings, capture: CaptureSettings, baseline: RateEstimate | None = None) -> None:
+        self._make, self._drift, self._capture = POLICIES[name], drift, capture
+        self._baseline, self._first = baseline, Sums()
+        self._since = -math.inf
+        self._now: Rule | None = None
+        self._next: Rule | None = None
+
+    def update(self, slot: Slot) -> bool:
+        """Whether to adapt now."""
+        if self._baseline is None:
+            self._calibrate(slot)
+            return False
+        if self._now is None or self._next is None or remembers_since(slot.time) != self._since:
+            self._hand_over(remembers_since(slot.time), self._baseline)
+        assert self._now is not None and self._next is not None
+        self._next.take(slot)
+        self._now.take(slot)
+        return self._now.fires
 
     @property
-    def is_calibrated(self) -> bool:
-        return self.baseline.drafted >= baseline_steps(self.settings) and self.baseline.requests >= MIN_REQUESTS
+    def says(self) -> str:
+        return self._now.says if self._now is not None else "no baseline yet"
 
-    def update(self, slot: Slot) -> bool:
-        s = self.settings
-        if not self.is_calibrated:
-            self.baseline.add(slot)
-            return False
-        self._slots.append(slot)
-        self.recent.add(slot)
-        while self._slots and self._is_old(self._slots[0], slot.time):
-            self.recent.add(self._slots.popleft(), -1)
-        if self.recent.drafted < s.min_steps or self.recent.requests < MIN_REQUESTS:
-            self.drop, self.low, self.high = 0.0, -1.0, 1.0
-            return False
-        self.drop, self.low, self.high = drop_interval(self.recent.estimate(), self.baseline.estimate())
-        return self.low >= s.min_drop
+    def _hand_over(self, since: float, baseline: RateEstimate) -> None:
+        fresh = self._make(self._drift, self._capture, baseline)
+        self._now = self._next if self._next is not None and since == self._since + HOUR_S else fresh
+        self._next, self._since = self._make(self._drift, self._capture, baseline), since
 
-    def _is_old(self, slot: Slot, now: float) -> bool:
-        age, needed = now - slot.time, self.recent.drafted - slot.drafted < self.settings.min_steps
-        return age >= REACH * self.settings.recent_s or (age >= self.settings.recent_s and not needed)
-
-
-class JudgeAndPaper:
-    """Judge, or the paper's alarm once the interval bears it out: the drop from the promotion is real, be it smaller than `min_drop`."""
-
-    def __init__(self, drift: DriftSettings, capture: CaptureSettings, least: float = 0.04) -> None:
-        self.judge, self._paper, self._least = Judge(drift), Paper(capture), least
-        self._alarmed = False
-
-    def update(self, slot: Slot) -> bool:
-        fallen, parted = self.judge.update(slot), self._paper.update(slot)
-        self._alarmed = parted or (self._alarmed and self.judge.drop > self._least / 2)     # else it came back
-        return fallen or (self._alarmed and self.judge.low > 0 and self.judge.drop >= self._least)
-
-
-class LevelEma:
-    """One EMA against the acceptance at promotion."""
-
-    def __init__(self, settings: DriftSettings, epsilon: float = 0.10, keep: float = 0.9) -> None:
-        self._settings, self._epsilon, self._keep = settings, epsilon, keep
-        self._baseline, self._ema = Sums(), -1.0
-
-    def update(self, slot: Slot) -> bool:
-        if self._baseline.drafted < baseline_steps(self._settings):
-            self._baseline.add(slot)
-            return False
-        self._ema = slot.rate if self._ema < 0 else self._keep * self._ema + (1 - self._keep) * slot.rate
-        return self._ema < self._baseline.accepted / self._baseline.drafted - self._epsilon
-
-
-class Paper:
-    """Algorithm 1 over slots: silent until the EMAs have begun."""
-
-    def __init__(self, settings: CaptureSettings) -> None:
-        self._epsilon, self._emas = settings.epsilon, Emas(settings)
-
-    def update(self, slot: Slot) -> bool:
-        self._emas.update(slot.rate)
-        return self._emas.short < self._emas.long - self._epsilon      # they are equal while they begin
-
-
-class Alarm:
-    """A change-point test of slot rates as a policy: it speaks once a change."""
-
-    def __init__(self, test: PageHinkley | Adwin) -> None:
-        self._test = test
-
-    def update(self, slot: Slot) -> bool:
-        return self._test.update(slot.rate)
-
-
-POLICIES: dict[str, Callable[[DriftSettings, CaptureSettings], Policy]] = {
-    "judge": lambda drift, _: Judge(drift),
-    "judge+paper": JudgeAndPaper,
-    "ema": lambda drift, _: LevelEma(drift),
-    "paper": lambda _, capture: Paper(capture),
-    "page_hinkley": lambda _, capture: Alarm(PageHinkley(capture.change_delta, capture.change_threshold)),
-    "adwin": lambda _d, _c: Alarm(Adwin(0.002)),
-}
+    def _calibrate(self, slot: Slot) -> None:
+        self._first.add(slot)
+        if self._first.drafted >= baseline_steps(self._drift) and self._first.requests >= MIN_REQUESTS:
+            self._baseline = self._first.estimate()
