@@ -30,6 +30,7 @@ from tide_pipeline.rollout.history import (
     workload_of,
 )
 from tide_pipeline.rollout.replicas import find_replicas
+from tide_pipeline.rollout.standing import refuse_if_taken_back
 
 Decide = Callable[[Deployment | None], Deployment]
 
@@ -59,19 +60,22 @@ class Promotion:
     who: str
     reason: str
     first_position: float          # in the gate
+    by_person: bool = False
 
 
 def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str, reason: str,
-            progress: Report = lambda text: None) -> Deployment:
+            by_person: bool = False, progress: Report = lambda text: None) -> Deployment:
     """Serve `build` for `workload`. Returns the record that ends the rollout: stage "stable", or "rolled_back" with why.
+
+    `by_person`: somebody named this very build, so that it may have been taken back since its verdict.
 
     Raises:
         GateNotPassed: the verdict does not open every door, is of another draft, or the build's bytes changed since.
-        RolloutRefused: what is served is pinned, or replicas have reported and none does now.
+        RolloutRefused: what is served is pinned, the draft was taken back since its verdict, or replicas have reported and none does now.
         DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
     check_verdict(config, build, verdict)
-    wanted = Promotion(build, workload, who, reason, _first_position(verdict))
+    wanted = Promotion(build, workload, who, reason, _first_position(verdict), by_person)
     begun = decide_and_append(_record(config), lambda latest: _open(config, latest, wanted))
     if not is_under_way(begun):                                        # served already, or nobody there to watch
         return begun
@@ -89,6 +93,7 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
         is_proposed = latest is not None and latest.stage == PROPOSED and _brings(latest, workload, build.build_id)
         if latest is not None and (is_proposed or _is_served(latest, workload, build.build_id)):
             return latest
+        refuse_if_taken_back(config, build, workload)
         return opened(latest, config.target, workload, build.build_id, (), who,
                       f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it",
                       _first_position(verdict))
@@ -120,6 +125,8 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
     _refuse_if_held(latest)
     if latest is not None and _is_served(latest, workload, build.build_id):
         return latest
+    if not wanted.by_person:
+        refuse_if_taken_back(config, build, workload)
     title, live = f"{wanted.reason}; {build.draft_version} for {workload!r}", find_replicas(config)
     if live:
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
