@@ -235,8 +235,9 @@ def test_what_is_pinned_stays(config: TideConfig, champion: Deployment, challeng
 
 def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
     with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}) as replica:
-        proposed = propose(config, challenger, judged(config, challenger), who="run 1", reason="drift on de")
-        assert proposed.stage == "proposed" and propose(config, challenger, judged(config, challenger), who="run 2", reason="again") == proposed
+        verdict = judged(config, challenger)
+        proposed = propose(config, challenger, verdict, who="run 1", reason="drift on de")
+        assert proposed.stage == "proposed" and propose(config, challenger, verdict, who="run 2", reason="again") == proposed
         time.sleep(0.3)
         assert replica.served["*"].build_id == champion.groups["rest"]["*"] and Driver(config, "sensor").advance().action.kind is Kind.NONE
         done = by_hand.approve(config, who="me", reason="looks good")

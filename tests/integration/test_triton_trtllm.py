@@ -16,8 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from tests.built import BuiltReplica
+from tests.fakes_rollout import judged
 from tests.helpers import ask
-from tests.integration.test_rollout import passed
 from tests.integration.test_triton import (  # noqa: F401 the same tests, of this module's server
     state_of,
     supervise,
@@ -152,7 +152,7 @@ def test_a_rollout_gives_the_replica_a_new_server_and_no_request_fails(tmp_path:
         worker = threading.Thread(target=load)
         worker.start()
         until(lambda: len(versions) >= 3, 120)
-        deployment = promote(place.config, second, passed(second), who="test", reason="a new draft")
+        deployment = promote(place.config, second, judged(place.config, second), who="test", reason="a new draft")
         until(lambda: versions[-1] == "v2-two", 120)
         done.set()
         worker.join()

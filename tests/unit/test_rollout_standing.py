@@ -1,4 +1,4 @@
-"""When a verdict no longer opens the door: what happened since it was written. No replica, no weights; records, builds and reports are real."""
+"""When a verdict no longer opens the door: what happened since. No replica, no weights; records, builds and reports are real."""
 
 from __future__ import annotations
 

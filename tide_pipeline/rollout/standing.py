@@ -1,4 +1,4 @@
-"""Whether a verdict still stands: a draft that passed the gate once may have been taken back since. Knows the gate's report and the record."""
+"""Whether a verdict still stands: a draft that passed the gate may have been taken back since. Knows the gate's report and the record."""
 
 from __future__ import annotations
 
