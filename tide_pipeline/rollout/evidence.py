@@ -7,7 +7,8 @@ on the last `drift.recent_s` before; with too little of that too it is the gate'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from dataclasses import dataclass, field
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
@@ -16,30 +17,79 @@ from tide_pipeline.errors import BuildError, GateNotPassed
 from tide_pipeline.gate.run import load_verdict
 from tide_pipeline.rollout.bake import Evidence
 from tide_pipeline.rollout.history import new_build_of, rest_of, workload_of
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown
+from tide_pipeline.rollout.live import Pace, Rate, Side, error_rise
+from tide_pipeline.rollout.rows import LiveLog, LiveRow
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Which rows say something of a rollout."""
+
+    began_at: float
+    workload: str
+    own_tags: frozenset[str]       # workloads with a draft of their own
+    new_version: str
+    old_version: str
+
+    def is_affected(self, row: LiveRow) -> bool:
+        """Whether the row's workload is one whose draft changes."""
+        return row.workload == self.workload if self.workload != ANY_WORKLOAD else row.workload not in self.own_tags
+
+
+@dataclass
+class Tally:
+    """The rows of a rollout as sums. `control`: until its step came, each replica was one."""
+
+    rollout: Rollout
+    new: Side = field(default_factory=Side)
+    control: Side = field(default_factory=Side)
+    before: Side = field(default_factory=Side)             # the old draft, before the rollout too
+    pace: Pace = field(default_factory=Pace)
+    answered: set[str] = field(default_factory=set)        # replicas, since it began
+
+    def add(self, row: LiveRow) -> None:
+        if not self.rollout.is_affected(row):
+            return
+        is_old = row.draft_version == self.rollout.old_version
+        is_new = row.draft_version == self.rollout.new_version != ""
+        if is_old:
+            self.before.add(row)
+        if row.at < self.rollout.began_at:
+            return
+        self.answered.add(row.replica)
+        if is_old:
+            self.control.add(row)
+            self.pace.add(row, is_new=False)
+        if is_new:
+            self.new.add(row)
+            self.pace.add(row, is_new=True)
 
 
 class Watcher:
-    """Evidence of one target's rollouts. What it remembers of the log is a memory of files that never change: losing it loses nothing."""
+    """Evidence of one target's rollouts. What it remembers are sums over files that never change: losing them loses nothing."""
 
     def __init__(self, config: TideConfig) -> None:
-        self._config, self._log = config, LiveLog(config)
+        self._config = config
+        self._rollout: Rollout | None = None
+        self._log: LiveLog[Tally] | None = None
         self._versions: dict[str, str] = {}                # build id -> draft version; a build's name is its digest
+        self._lock = threading.Lock()                      # Dagster gives up a slow tick, begins another, and lets the first one go on
 
     def look(self, latest: Deployment, began_at: float) -> Evidence:
-        """`began_at`: when the rollout was opened (Unix seconds)."""
-        workload, rest = workload_of(latest), rest_of(latest)
-        new_version = self.version_of(new_build_of(latest))
-        old_version = self.version_of(rest.get(workload) or rest.get(ANY_WORKLOAD, ""))
-        own_tags = {tag for tag in latest.groups["canary"] if tag != ANY_WORKLOAD}
-        rows = [row for row in self._log.rows(began_at - self._config.drift.recent_s) if _is_affected(row, workload, own_tags)]
-        since = [row for row in rows if row.at >= began_at]
-        theirs = [row for row in since if row.replica in latest.canary_replicas]
-        new = [row for row in theirs if row.draft_version == new_version]
-        control = [row for row in since if row.draft_version == old_version]       # until its step came, each replica was one
-        before = [row for row in rows if row.draft_version == old_version]
-        old, against = self._old(control, before, new_build_of(latest)) if old_version else (None, "")
-        return Evidence(rate_of(new), old, against, slowdown(new, control), error_rise(new, control), bool(theirs))
+        """`began_at`: when the rollout was opened (Unix seconds). Raises LakeError."""
+        rollout = self._rollout_of(latest, began_at)
+        with self._lock:
+            if self._log is None or rollout != self._rollout:
+                self._rollout, self._log = rollout, LiveLog(self._config, began_at - self._config.drift.recent_s, lambda: Tally(rollout))
+            tally = self._log.sums()
+            old, against = self._old(tally, new_build_of(latest)) if rollout.old_version else (None, "")
+            return Evidence(tally.new.rate(), old, against, tally.pace.slowdown(), error_rise(tally.new, tally.control),
+                            not tally.answered.isdisjoint(latest.canary_replicas))
+
+    def forget(self) -> None:
+        """The sums, once no rollout is under way."""
+        with self._lock:
+            self._rollout = self._log = None
 
     def version_of(self, build_id: str) -> str:
         """"" for none, or one that is gone."""
@@ -48,10 +98,15 @@ class Watcher:
                 self._versions[build_id] = read_build(self._config.state.builds, self._config.target, build_id).draft_version
         return self._versions.get(build_id, "")
 
-    def _old(self, control: Sequence[LiveRow], before: Sequence[LiveRow], new_build: str) -> tuple[Rate | None, str]:
-        settings, beside, earlier = self._config.rollout, rate_of(control), rate_of(before)
+    def _rollout_of(self, latest: Deployment, began_at: float) -> Rollout:
+        workload, rest = workload_of(latest), rest_of(latest)
+        return Rollout(began_at, workload, frozenset(latest.groups["canary"]) - {ANY_WORKLOAD}, self.version_of(new_build_of(latest)),
+                       self.version_of(rest.get(workload) or rest.get(ANY_WORKLOAD, "")))
+
+    def _old(self, tally: Tally, new_build: str) -> tuple[Rate | None, str]:
+        settings, beside, earlier = self._config.rollout, tally.control.rate(), tally.before.rate()
         if beside.steps >= settings.min_bake_steps and beside.requests >= settings.min_bake_requests:
-            return beside, f"on {len({row.replica for row in control})} control replicas"
+            return beside, f"on {len(tally.control.replicas)} control replicas"
         if earlier.steps >= settings.min_bake_steps:
             return earlier, f"in the last {self._config.drift.recent_s:.0f} s"
         with contextlib.suppress(GateNotPassed):
@@ -59,8 +114,3 @@ class Watcher:
             if offline is not None:
                 return Rate(float(offline), 0.0, 0), "in the gate"
         return None, ""
-
-
-def _is_affected(row: LiveRow, workload: str, own_tags: set[str]) -> bool:
-    """Whether the row's workload is one whose draft changes."""
-    return row.workload == workload if workload != ANY_WORKLOAD else row.workload not in own_tags
