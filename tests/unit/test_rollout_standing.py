@@ -13,7 +13,7 @@ from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.deployment.builds import DRAFT_FILES, build_dir, save_build
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import RolloutRefused
+from tide_pipeline.errors import GateNotPassed, RolloutRefused
 from tide_pipeline.gate.run import load_verdict
 from tide_pipeline.provenance import digest_files
 from tide_pipeline.rollout import by_hand, rollback
@@ -116,3 +116,62 @@ def test_what_became_of_others_is_no_reason(config: TideConfig, record: Deployme
     by_traffic(config, record)
     latest = record.latest()
     assert go(config, new).groups["rest"] == {"*": "b2"} and rest_of(latest) == {"*": "a1"}
+
+
+def test_a_verdict_is_held_against_what_is_served_now(config: TideConfig, record: DeploymentRecord) -> None:
+    """b2 was better than a1. Nobody asked whether it is better than c3, which came after it, nor whether a1 is."""
+    old, new, newest = (build(config, name) for name in ("a1", "b2", "c3"))
+    serve(record, any=old)
+    judged(config, new, "de")
+    serve(record, any=newest)
+    for attempt in (lambda: go(config, new), lambda: go(config, new, by_person=True),
+                    lambda: propose(config, new, load_verdict(config, new.build_id), who="a run", reason="drift")):
+        with pytest.raises(GateNotPassed, match=rf"passed against {old.draft_version}, and {newest.draft_version} serves 'de' now"
+                                                r".*`tide gate b2 --workload de`.*`tide rollback`"):
+            attempt()
+    assert [d.n for d in record.history()] == [1, 2]
+    judged(config, new, "de")
+    assert go(config, new).groups["rest"] == {"*": "b2"}
+
+
+def test_a_champion_that_went_is_no_champion(config: TideConfig, record: DeploymentRecord) -> None:
+    old, champion, new = (build(config, name) for name in ("a1", "b2", "c3"))
+    serve(record, any=old)
+    serve(record, any=champion)
+    judged(config, new)
+    rollback(config, who="me", reason="time-outs")
+    with pytest.raises(GateNotPassed, match="serves 'de' now"):
+        go(config, new)
+
+
+def test_the_first_draft_of_all_has_nothing_to_be_held_against(config: TideConfig, record: DeploymentRecord) -> None:
+    first, second = build(config, "a1"), build(config, "b2")
+    judged(config, first)
+    judged(config, second)
+    assert go(config, first).groups["rest"] == {"*": "a1"}
+    with pytest.raises(GateNotPassed, match=f"passed against no draft, and {first.draft_version} serves 'de' now"):
+        go(config, second)
+
+
+def test_a_verdict_about_one_workload_says_nothing_of_another(config: TideConfig, record: DeploymentRecord) -> None:
+    old, own, new = (build(config, name) for name in ("a1", "b2", "c3"))
+    serve(record, any=old)
+    judged(config, new, "de")
+    with pytest.raises(GateNotPassed, match=r"is about workload 'de', not 'code'.*`tide gate c3 --workload code`"):
+        go(config, new, "code")
+    assert go(config, new, "de").groups["rest"] == {"*": "a1", "de": "c3"}, "a draft of its own"
+    serve(record, any=old, de=own)
+    judged(config, new, "de")
+    with pytest.raises(GateNotPassed, match=r"'de' has a draft of its own.*--workload de"):
+        go(config, new)
+    assert go(config, new, "de").groups["rest"] == {"*": "a1", "de": "c3"}
+    judged(config, own, "py")
+    assert go(config, own).groups["rest"] == {"*": "b2", "de": "c3"}
+
+
+def test_a_proposal_waits_for_days(config: TideConfig, record: DeploymentRecord) -> None:
+    """Nothing else is served meanwhile, or it is no longer the latest record."""
+    serve(record, any=build(config, "a1"))
+    new = build(config, "b2")
+    propose(config, new, judged(config, new, at=time.time() - 5 * 86_400), who="a run", reason="drift")
+    assert by_hand.approve(config, who="me", reason="good").groups["rest"] == {"*": "b2"}

@@ -30,7 +30,7 @@ from tide_pipeline.rollout.history import (
     workload_of,
 )
 from tide_pipeline.rollout.replicas import find_replicas
-from tide_pipeline.rollout.standing import refuse_if_taken_back
+from tide_pipeline.rollout.standing import check_standing
 
 Decide = Callable[[Deployment | None], Deployment]
 
@@ -70,7 +70,7 @@ def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
     `by_person`: somebody named this very build, so that it may have been taken back since its verdict.
 
     Raises:
-        GateNotPassed: the verdict does not open every door, is of another draft, or the build's bytes changed since.
+        GateNotPassed: the verdict does not open every door, is of another draft, workload or champion, or the build's bytes changed since.
         RolloutRefused: what is served is pinned, the draft was taken back since its verdict, or replicas have reported and none does now.
         DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
@@ -93,7 +93,7 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
         is_proposed = latest is not None and latest.stage == PROPOSED and _brings(latest, workload, build.build_id)
         if latest is not None and (is_proposed or _is_served(latest, workload, build.build_id)):
             return latest
-        refuse_if_taken_back(config, build, workload)
+        check_standing(config, latest, build, workload)
         return opened(latest, config.target, workload, build.build_id, (), who,
                       f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it",
                       _first_position(verdict))
@@ -125,8 +125,7 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
     _refuse_if_held(latest)
     if latest is not None and _is_served(latest, workload, build.build_id):
         return latest
-    if not wanted.by_person:
-        refuse_if_taken_back(config, build, workload)
+    check_standing(config, latest, build, workload, by_person=wanted.by_person)
     title, live = f"{wanted.reason}; {build.draft_version} for {workload!r}", find_replicas(config)
     if live:
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
