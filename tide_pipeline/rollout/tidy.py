@@ -11,17 +11,22 @@ from pathlib import Path
 from tide_pipeline.config import TideConfig
 from tide_pipeline.deployment.builds import list_builds
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+from tide_pipeline.rollout.history import served_states
 
-KEPT_DEPLOYMENTS = 20              # a rollback may go back so far
+KEPT_DEPLOYMENTS = 20              # the last records: what was tried lately, and what its rollouts were compared with
+KEPT_STATES = 5                    # served one after the other: `tide rollback` goes from one to the one before, past any number of records
+SILENT_S = 7 * 86_400.0            # a replica that comes back after so long asks the record what to serve; most never do
 YOUNG_S = 7 * 86_400.0             # a build of the last week may wait for its gate, or for a person
 
 
 def tidy_builds(config: TideConfig, now: float) -> list[str]:
     """Ids of the builds of the target that were removed."""
     state, target = config.state, config.target
-    wanted = {build for deployment in DeploymentRecord(state.deployments, target).history()[-KEPT_DEPLOYMENTS:]
-              for group in deployment.groups.values() for build in group.values()}
-    wanted |= {build for seen in read_observed(state.observed, target).values() for build in seen.drafts.values()}
+    history = DeploymentRecord(state.deployments, target).history()
+    drafts = [group for deployment in history[-KEPT_DEPLOYMENTS:] for group in deployment.groups.values()]
+    drafts += served_states(history)[-KEPT_STATES:]
+    drafts += [seen.drafts for seen in read_observed(state.observed, target).values() if seen.at >= now - SILENT_S]
+    wanted = {build for group in drafts for build in group.values()}
     gone = [build for build in list_builds(state.builds, target) if build.build_id not in wanted and build.created_at < now - YOUNG_S]
     for build in gone:
         (Path(build.path) / "build.json").unlink()         # from now on it is no build, whatever happens to the rest
