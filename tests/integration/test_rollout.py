@@ -263,6 +263,19 @@ def test_replicas_that_are_all_silent_are_no_reason_to_skip_the_canary(config: T
     assert stages(config) == ["stable"]
 
 
+def test_reports_that_can_not_be_read_are_no_reason_to_skip_the_canary(config: TideConfig, champion: Deployment,
+                                                                       challenger: EngineBuild) -> None:
+    """Replicas of another version report without a field that this one needs: nobody knows how they are, and there are some."""
+    config = override(config, {"rollout": {"heartbeat_s": 0.3}})
+    folder = config.state.observed / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "replica-1.json").write_text('{"replica": "replica-1", "at": 12.5}')
+    (folder / "replica-2.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RolloutRefused, match=r"reports of replica-1, replica-2 can't be read by this version"):
+        go(config, challenger)
+    assert stages(config) == ["stable"]
+
+
 def test_two_rollouts_at_a_time_are_refused(config: TideConfig, champion: Deployment, challenger: EngineBuild, tmp_path: Path,
                                             tiny_target: Target) -> None:
     record = DeploymentRecord(config.state.deployments, "tiny")

@@ -12,7 +12,7 @@ from enum import StrEnum
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.builds import load_build
-from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused, SettingsError
 from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.rollout.drive import Driver, Report
@@ -29,7 +29,7 @@ from tide_pipeline.rollout.history import (
     rest_of,
     workload_of,
 )
-from tide_pipeline.rollout.replicas import find_replicas
+from tide_pipeline.rollout.replicas import find_replicas, why_nobody
 from tide_pipeline.rollout.standing import check_standing
 
 Decide = Callable[[Deployment | None], Deployment]
@@ -131,9 +131,8 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
         return opened(latest, config.target, workload, build.build_id, canaries, wanted.who,
                       f"{title}: canary on {', '.join(canaries)} of {len(live)}", wanted.first_position)
-    if read_observed(config.state.observed, config.target):
-        raise RolloutRefused(f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: "
-                             "nobody could be watched, look at `tide status`")
+    if why := why_nobody(config):
+        raise RolloutRefused(why)
     return following(latest, config.target, {"rest": {**rest_of(latest), workload: build.build_id}}, (), STABLE, wanted.who,
                      f"{title}: no replica was live, so nothing was watched", workload=workload, first_position=wanted.first_position)
 
