@@ -8,6 +8,7 @@ difference between them. Memory is bounded, however long somebody looks.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from tide_pipeline.contracts import FinishReason
@@ -16,7 +17,7 @@ from tide_pipeline.rollout.sequential import Gap
 
 BLOCK_S = 2.0                      # stretches in which time per token is compared
 MAX_BLOCKS = 1_800                 # of them that may still get rows
-MAX_GOING = 4_096                  # requests whose end is awaited; of some it never comes
+MAX_GOING = 65_536                 # requests whose end is awaited; of some it never comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Side:
     _dd: int = 0
     _da: int = 0
     _aa: int = 0
-    _going: dict[str, tuple[int, int]] = field(default_factory=dict)       # (d, a) so far of requests that go on
+    _going: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)     # (d, a) so far of requests that go on
 
     def add(self, row: LiveRow) -> None:
         self.replicas.add(row.replica)
@@ -56,7 +57,7 @@ class Side:
         if now[0] and not row.finish_reason:
             self._going[row.request_id] = now
             if len(self._going) > MAX_GOING:
-                del self._going[next(iter(self._going))]                   # the one that was silent for longest
+                self._going.popitem(last=False)                            # the one that was silent for longest
 
     def _put(self, d: int, a: int, *, sign: int) -> None:
         if d:
