@@ -54,7 +54,7 @@ class Adaptation:
 def outcome(turn: Turn, adaptations: Sequence[Adaptation], history: Sequence[Deployment]) -> dict[str, Any]:
     """What became of a shift, in one word and one sentence."""
     here = [a for a in adaptations if turn.began <= a.run.created < turn.ended]
-    ends = [d for a in here for d in history if d.who == who_of(a.run) and not is_under_way(d)]
+    ends = [d for a in here for d in rollouts_of(a.run, history) if not is_under_way(d)]
     refused = [a.verdict for a in here if a.verdict is not None and not a.verdict.passed]
     last = next((verdict for _, verdict in reversed(turn.verdicts)), None)
     if any(d.stage == STABLE for d in ends):
@@ -72,16 +72,17 @@ def outcome(turn: Turn, adaptations: Sequence[Adaptation], history: Sequence[Dep
             "sensor_said": turn.sensor}
 
 
-def who_of(run: RunView) -> str:
-    """How rollout records name a run."""
-    return f"dagster run {run.run_id[:8]}"
+def rollouts_of(run: RunView, history: Sequence[Deployment]) -> list[Deployment]:
+    """Records of the rollouts that a run began or drove; beside it the rollout sensor writes some of them."""
+    begun = {began_of(d) for d in history if d.who == f"dagster run {run.run_id[:8]}"}
+    return [d for d in history if began_of(d) in begun]
 
 
 def stages(first_sent: float, adaptation: Adaptation, history: Sequence[Deployment], recent_s: float) -> dict[str, float]:
     """Seconds by stage of an adaptation that ended with a rollout; {} for another."""
     run = adaptation.run
     steps = {stage: run.steps[key] for key, stage in STEPS.items() if key in run.steps and run.steps[key].ended}
-    mine = [d for d in history if d.who == who_of(run)]
+    mine = rollouts_of(run, history)
     if len(steps) < len(STEPS) or not any(d.stage == STABLE for d in mine):
         return {}
     seen = adaptation.focus_since + recent_s               # the episode's windows begin `recent_s` before the verdict

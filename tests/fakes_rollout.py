@@ -1,25 +1,36 @@
 """An engines folder around the tiny target, and stand-ins for the replicas that a rollout is watched on.
 
 A `FakeReplica` does what serve.agent does, without an engine: it polls the deployment record, verifies the build, reports observed
-state, and writes acceptance rows of the draft it serves through capture's own writer.
+state, and writes acceptance rows of the draft it serves through capture's own writer. `judged` writes the report of a gate that was open.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests.helpers import tiny_spec, write_engine_toml
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings, TideConfig, override
-from tide_pipeline.contracts import AcceptanceRow, EngineBuild, ObservedState
-from tide_pipeline.deployment.builds import load_build
+from tide_pipeline.contracts import AcceptanceRow, BenchmarkReport, EngineBuild, GateVerdict, ObservedState, PairedAcceptance
+from tide_pipeline.deployment.builds import load_build, read_build
 from tide_pipeline.deployment.record import DeploymentRecord, write_observed
 from tide_pipeline.errors import BuildError
+from tide_pipeline.gate.judge import DOORS
+from tide_pipeline.gate.run import GateReport, report_file
+from tide_pipeline.provenance import write_json
+from tide_pipeline.rollout import live
+from tide_pipeline.rollout.live import ByBatch, Stretches
+from tide_pipeline.rollout.rows import LiveRow
+from tide_pipeline.rollout.sequential import Gap
 
 
 def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> TideConfig:
@@ -33,6 +44,24 @@ def write_engine(root: Path, tiny_dir: Path, champion: Path | None = None) -> Ti
     return override(TideConfig(), {"engine": "tiny", "engines_dir": str(root / "engines"), "state_dir": str(root / "state"),
                                    "rollout": {"mode": "auto", "bake_s": 0.3, "min_bake_steps": 30, "max_bake_s": 6.0, "heartbeat_s": 6.0,
                                                "step_s": 0.2}})
+
+
+def judged(config: TideConfig, build: EngineBuild, workload: str = "de", at: float | None = None, **over: Any) -> GateVerdict:
+    """A verdict whose doors are all open, against what serves the workload now, with its report on disk, written `at`."""
+    doors: dict[str, dict[str, Any]] = {name: {"passed": True, "reason": "good"} for name in DOORS}
+    doors["offline"] |= {"champion_first_position": 0.3, "challenger_first_position": 0.8}
+    latest = DeploymentRecord(config.state.deployments, config.target).latest()
+    rest = latest.groups["rest"] if latest is not None else {}
+    served = rest.get(workload) or rest.get("*")
+    champion = read_build(config.state.builds, config.target, served).draft_version if served else ""
+    verdict = dataclasses.replace(GateVerdict(True, doors, champion, build.draft_version, build.draft_digest), **over)
+    bench = BenchmarkReport(build.build_id, build.draft_version, 2.7, 400.0, 250.0, 1.6, 1.5, 1.7, 9.0, 8, 768, 2, 0)
+    file = report_file(config, build.build_id)
+    write_json(file, dataclasses.asdict(GateReport(verdict, PairedAcceptance(1.6, 2.7, 1.1, 1.0, 1.2, 31, 6200), None, bench, workload,
+                                                   build.build_id)))
+    if at is not None:
+        os.utime(file, (at, at))
+    return verdict
 
 
 class FakeReplica:
@@ -123,3 +152,22 @@ class FakeReplica:
         self._writer.offer_row(AcceptanceRow(
             time.time(), f"{self.name}-{time.time_ns()}", self.workload, "acme", self.name, "engine", version, "auto", 0.0, length, False,
             16, (16,) * length, kept, 16 + sum(kept), 1.0, took_ms, 8, "length", 5.0))
+
+
+# --- figures of rows that are all there -------------------------------------------------------------------------
+
+def slowdown(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """Of rows side by side, as the log brings them."""
+    both = Stretches(sides=2)
+    for row, side in sorted([*((row, 0) for row in new), *((row, 1) for row in old)], key=lambda pair: pair[0].at):
+        both.add(row, side)
+    return live.slowdown(both)
+
+
+def slowdown_since(new: Iterable[LiveRow], old: Iterable[LiveRow]) -> Gap | None:
+    """Of rows one behind the other."""
+    sides = ByBatch(), ByBatch()
+    for found, rows in zip(sides, (new, old), strict=True):
+        for row in rows:
+            found.add(row)
+    return live.slowdown_since(*sides)

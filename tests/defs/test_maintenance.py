@@ -102,7 +102,7 @@ def test_refused_rollouts_do_not_take_the_way_back(config: TideConfig) -> None:
         latest = record.append(settled(record.append(opened(latest, config.target, "*", build, ["a"], "me", "")), "me", ""))
     for refused in range(30):
         latest = record.append(withdrawn(record.append(opened(latest, config.target, "*", f"r{refused}", ["a"], "me", "")), "me", "slower"))
-    wanted = wanted_builds(config)
+    wanted = wanted_builds(config, time.time())
     assert {"first", "b1", "b2", "r29"} <= wanted and "r0" not in wanted
 
 

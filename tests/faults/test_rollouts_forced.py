@@ -17,13 +17,14 @@ from pathlib import Path
 import inject
 import pytest
 
+from tests.fakes_rollout import judged
 from tests.faults.converged import answers, assert_lake, look, serves_the_record
 from tests.faults.load import Load
 from tests.faults.loop import Loop, tiny_loop, until
 from tests.helpers import random_draft, tiny_spec, write_tiny_build
 from tests.serving import poison
 from tide_pipeline.config import TideConfig
-from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
+from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.deployment.builds import load_build, save_build
 from tide_pipeline.errors import DeploymentConflict, GateNotPassed
 from tide_pipeline.gate.judge import DOORS
@@ -62,7 +63,7 @@ def build(loop: Loop, target: Target, version: str, *, noise: float = 0.5, seed:
 def force(config: TideConfig, made: EngineBuild, who: str = "test") -> Deployment:
     """Promote with a verdict that claims that every door was open."""
     doors = {name: {"passed": True, "reason": "forced past the gate"} for name in DOORS}
-    return promote(config, made, GateVerdict(True, doors, "", made.draft_version, made.draft_digest), who=who, reason="a fault")
+    return promote(config, made, judged(config, made, doors=doors), who=who, reason="a fault")
 
 
 def _seconds(since: float, until_: float) -> list[float]:

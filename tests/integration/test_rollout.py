@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes_rollout import FakeReplica, write_engine
+from tests.fakes_rollout import FakeReplica, judged, write_engine
 from tests.helpers import write_tiny_build
 from tests.serving import until
 from tide_pipeline.build.engine import build_engine
 from tide_pipeline.config import TideConfig, override
-from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
+from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.deployment.record import DeploymentRecord, read_observed
 from tide_pipeline.errors import DeploymentConflict, GateNotPassed, RolloutRefused
-from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.models.target import Target
 from tide_pipeline.rollout import by_hand, drive, plan, rollback
 from tide_pipeline.rollout import replicas as replicas_module
@@ -56,18 +55,12 @@ def challenger(config: TideConfig, champion: Deployment, tmp_path: Path, tiny_ta
     return build_engine(config, draft, "v2-" + "5" * 8, warm_up=False)
 
 
-def passed(build: EngineBuild, **over: object) -> GateVerdict:
-    doors = {name: {"passed": True, "reason": "good"} for name in DOORS}
-    doors["offline"] |= {"champion_first_position": 0.3, "challenger_first_position": 0.8}  # type: ignore[dict-item]
-    return dataclasses.replace(GateVerdict(True, doors, "v1", build.draft_version, build.draft_digest), **over)  # type: ignore[arg-type]
-
-
 def stages(config: TideConfig) -> list[str]:
     return [d.stage for d in DeploymentRecord(config.state.deployments, config.target).history()]
 
 
 def go(config: TideConfig, build: EngineBuild, **kwargs: str) -> Deployment:
-    return promote(config, build, passed(build), who="test", reason="drift on de", **kwargs)  # type: ignore[arg-type]
+    return promote(config, build, judged(config, build), who="test", reason="drift on de", **kwargs)  # type: ignore[arg-type]
 
 
 def test_the_first_deployment_is_what_the_engine_ships(config: TideConfig, champion: Deployment) -> None:
@@ -80,7 +73,7 @@ def test_one_replica_is_canary_and_rest(config: TideConfig, champion: Deployment
     told: list[str] = []
     with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}) as replica:
         replica.serve(10)
-        done = promote(config, challenger, passed(challenger), who="test", reason="drift on de", progress=told.append)
+        done = promote(config, challenger, judged(config, challenger), who="test", reason="drift on de", progress=told.append)
         assert replica.served["*"] == challenger
     assert stages(config) == ["stable", "canary", "stable"] and done.n == 3
     assert done.groups == {"rest": {"*": challenger.build_id}} and done.who == "test"
@@ -117,7 +110,6 @@ def test_a_draft_that_is_worse_on_live_traffic_goes_back(config: TideConfig, cha
 
 def test_without_recent_traffic_the_gates_figure_is_the_baseline(config: TideConfig, champion: Deployment, challenger: EngineBuild,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tide_pipeline.rollout.evidence.load_verdict", lambda *_: passed(challenger))
     monkeypatch.setattr(plan, "QUIET_S", 30.0)
     with FakeReplica(config, "replica-0", traffic=True, rates={challenger.draft_digest: 0.05, "": 0.0}) as replica:
         replica.traffic = False
@@ -233,7 +225,7 @@ def test_pause_resume_and_abort(config: TideConfig, champion: Deployment, challe
 def test_what_is_pinned_stays(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
     pinned = by_hand.pin(config, who="me", reason="the demo is today")
     assert pinned.groups == champion.groups and pinned.hold == "pinned"
-    for attempt in (go, lambda *_: propose(config, challenger, passed(challenger), who="test", reason="drift")):
+    for attempt in (go, lambda *_: propose(config, challenger, judged(config, challenger), who="test", reason="drift")):
         with pytest.raises(RolloutRefused, match=r"pinned by me \(the demo is today\).*unpin"):
             attempt(config, challenger)
     assert by_hand.unpin(config, who="me", reason="over").hold == ""
@@ -241,12 +233,11 @@ def test_what_is_pinned_stays(config: TideConfig, champion: Deployment, challeng
         by_hand.unpin(config, who="me", reason="again")
 
 
-def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig, champion: Deployment, challenger: EngineBuild,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_hand, "load_verdict", lambda *_: passed(challenger))
+def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
     with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}) as replica:
-        proposed = propose(config, challenger, passed(challenger), who="run 1", reason="drift on de")
-        assert proposed.stage == "proposed" and propose(config, challenger, passed(challenger), who="run 2", reason="again") == proposed
+        verdict = judged(config, challenger)
+        proposed = propose(config, challenger, verdict, who="run 1", reason="drift on de")
+        assert proposed.stage == "proposed" and propose(config, challenger, verdict, who="run 2", reason="again") == proposed
         time.sleep(0.3)
         assert replica.served["*"].build_id == champion.groups["rest"]["*"] and Driver(config, "sensor").advance().action.kind is Kind.NONE
         done = by_hand.approve(config, who="me", reason="looks good")
@@ -257,7 +248,7 @@ def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig,
 
 
 def test_a_proposal_can_be_dropped(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
-    propose(config, challenger, passed(challenger), who="run 1", reason="drift on de")
+    propose(config, challenger, judged(config, challenger), who="run 1", reason="drift on de")
     assert by_hand.abort(config, who="me", reason="no").groups == champion.groups
 
 
@@ -268,6 +259,19 @@ def test_replicas_that_are_all_silent_are_no_reason_to_skip_the_canary(config: T
         pass
     time.sleep(0.5)
     with pytest.raises(RolloutRefused, match="nobody could be watched"):
+        go(config, challenger)
+    assert stages(config) == ["stable"]
+
+
+def test_reports_that_can_not_be_read_are_no_reason_to_skip_the_canary(config: TideConfig, champion: Deployment,
+                                                                       challenger: EngineBuild) -> None:
+    """Replicas of another version report without a field that this one needs: nobody knows how they are, and there are some."""
+    config = override(config, {"rollout": {"heartbeat_s": 0.3}})
+    folder = config.state.observed / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "replica-1.json").write_text('{"replica": "replica-1", "at": 12.5}')
+    (folder / "replica-2.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RolloutRefused, match=r"reports of replica-1, replica-2 can't be read by this version"):
         go(config, challenger)
     assert stages(config) == ["stable"]
 
@@ -290,7 +294,7 @@ def test_a_rollback_by_hand_ends_a_bake(config: TideConfig, champion: Deployment
 
 
 def test_nothing_is_promoted_without_the_gate(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
-    good = passed(challenger)
+    good = judged(config, challenger)
     closed = {**good.doors, "equivalence": {"passed": False, "reason": "3 of 400 greedy tokens differ"}}
     for verdict, says in ((dataclasses.replace(good, passed=False), "did not pass"), (dataclasses.replace(good, doors=closed), "3 of 400"),
                           (dataclasses.replace(good, doors={}), "did not pass"),

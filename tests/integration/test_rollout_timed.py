@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fakes_rollout import FakeReplica
-from tests.integration.test_rollout import challenger, champion, config, passed, quick, stages  # noqa: F401 fixtures
+from tests.fakes_rollout import FakeReplica, judged
+from tests.integration.test_rollout import challenger, champion, config, quick, stages  # noqa: F401 fixtures
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.record import DeploymentRecord
@@ -32,13 +32,13 @@ def build(challenger: EngineBuild) -> EngineBuild:  # noqa: F811
     return replace(challenger, backend="trtllm")
 
 
-def left_to_the_canary(build: EngineBuild) -> GateVerdict:
-    verdict = passed(build)
+def left_to_the_canary(config: TideConfig, build: EngineBuild) -> GateVerdict:  # noqa: F811
+    verdict = judged(config, build)
     return replace(verdict, doors=verdict.doors | {name: dict(door) for name, door in ON_CANARY.items()})
 
 
 def go(config: TideConfig, build: EngineBuild, **rollout: float) -> Deployment:  # noqa: F811
-    return promote(override(config, {"rollout": rollout}), build, left_to_the_canary(build), who="test", reason="drift on de")
+    return promote(override(config, {"rollout": rollout}), build, left_to_the_canary(config, build), who="test", reason="drift on de")
 
 
 def test_beside_a_control_replica_it_is_timed_and_then_goes_on(config: TideConfig, champion: Deployment,  # noqa: F811
@@ -90,10 +90,10 @@ def test_a_server_that_starts_for_longer_than_a_bake_is_baked_all_the_same(confi
 
 def test_only_what_the_gate_could_not_time_is_left_to_a_canary(config: TideConfig, champion: Deployment, build: EngineBuild,  # noqa: F811
                                                              challenger: EngineBuild) -> None:  # noqa: F811
-    for wrong, verdict in ((build, passed(build)), (challenger, left_to_the_canary(challenger))):
+    for wrong, verdict in ((build, judged(config, build)), (challenger, left_to_the_canary(config, challenger))):
         with pytest.raises(GateNotPassed, match="run `tide gate` on this build"):
             promote(config, wrong, verdict, who="test", reason="")
     with pytest.raises(RolloutRefused, match="no replica of tiny has ever reported"):
         go(config, build)
-    assert propose(config, build, left_to_the_canary(build), who="test", reason="").deferred == ("benchmark",)
+    assert propose(config, build, left_to_the_canary(config, build), who="test", reason="").deferred == ("benchmark",)
     assert stages(config) == ["stable", "proposed"]

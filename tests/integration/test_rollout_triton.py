@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from tests.clients import Clients
+from tests.fakes_rollout import judged
 from tests.helpers import ask
 from tests.serving import Place, until, write_place
-from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
+from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.gate.judge import DOORS
 from tide_pipeline.rollout.promote import promote
@@ -101,7 +102,7 @@ def status(url: str) -> list[dict[str, object]]:
 
 def roll_out(place: Place, build: EngineBuild) -> Deployment:
     doors = {name: {"passed": True, "reason": "forced past the gate"} for name in DOORS}
-    return promote(place.config, build, GateVerdict(True, doors, "", build.draft_version, build.draft_digest), who="test", reason="a test")
+    return promote(place.config, build, judged(place.config, build, doors=doors), who="test", reason="a test")
 
 
 def served(place: Place) -> set[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from tests.fakes_rollout import FakeReplica, write_engine
+from tests.fakes_rollout import slowdown, slowdown_since
 from tide_pipeline.config import RolloutSettings
+from tide_pipeline.rollout import live
 from tide_pipeline.rollout.bake import MIN_SPEED_BLOCKS, Decision, Evidence, judge_bake
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown, slowdown_since
+from tide_pipeline.rollout.live import Rate, Side, Stretches, error_rise
+from tide_pipeline.rollout.rows import LiveRow
 from tide_pipeline.rollout.sequential import Gap
 
 SETTINGS = RolloutSettings()           # max_drop 0.10, min_bake_steps 30, min_bake_requests 8
@@ -72,6 +74,13 @@ def block(at: float, replica: str, ms: float, emitted: int = 10, finish: str = "
     return LiveRow(at, f"{replica}-{at}", "de", replica, "v1", 10, 5, emitted, ms, finish)
 
 
+def side(rows: Iterable[LiveRow]) -> Side:
+    found = Side()
+    for row in rows:
+        found.add(row)
+    return found
+
+
 def test_what_slows_the_whole_machine_is_no_difference() -> None:
     times = [2.0 * i for i in range(12)]
     load = [1.0 + i % 4 for i in range(12)]
@@ -102,18 +111,62 @@ def test_a_replica_alone_is_compared_with_itself_at_the_same_batch_size() -> Non
 def test_errors_are_counted_over_finished_requests() -> None:
     new = [block(float(i), "a", 50, finish="error" if i % 2 else "length") for i in range(40)] + [block(99.0, "a", 50)]
     old = [block(float(i), "b", 50, finish="cancelled" if i % 2 else "stop") for i in range(60)]
-    found = error_rise(new, old)
+    found = error_rise(side(new), side(old))
     assert found is not None and (found.value, found.n) == (0.5, 40) and 0.05 < found.error < 0.1
-    assert error_rise(new, []) is None
+    assert error_rise(side(new), Side()) is None
+
+
+def test_hours_of_stretches_are_no_more_memory_and_the_same_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    rows = [[block(2.0 * i, name, 50 * rng.uniform(0.8, 1.2) * (1 + (name == "a"))) for i in range(400)] for name in "ab"]
+    every = slowdown(*rows)
+    monkeypatch.setattr(live, "MAX_BLOCKS", 20)
+    found = slowdown(*rows)
+    assert found is not None and every is not None and found.n == every.n == 400
+    assert (found.value, found.error) == pytest.approx((every.value, every.error)) and found.value == pytest.approx(0.69, abs=0.03)
+    both = Stretches(sides=2)
+    for row in rows[0]:
+        both.add(row, side=0)
+        assert len(both._blocks) <= 20
+    both.add(rows[1][0], side=1)
+    assert live.slowdown(both) is None, "a row that comes minutes late counts nowhere"
 
 
 def test_a_rate_counts_steps_and_its_error_counts_requests() -> None:
     rows = [LiveRow(0.0, f"r{i}", "de", "a", "v1", 10, 10 if i % 2 else 0) for i in range(20)]
-    found = rate_of(rows, lambda r: True)
-    assert (found.rate, found.steps) == (0.5, 200)
+    found = side(rows).rate()
+    assert (found.rate, found.steps, found.requests) == (0.5, 200, 20)
     assert found.error > 2 * (0.25 / 200) ** 0.5, "requests that differ are no 200 independent steps"
-    assert rate_of(rows, lambda r: r.workload == "py") == Rate(0.0, 0.0, 0)
-    assert rate_of(rows[:1], lambda r: True).error > 0, "one request is not certain"
+    assert side(replace(row, drafted=0, accepted=0) for row in rows).rate() == Rate(0.0, 0.0, 0)
+    assert side(rows[:1]).rate().error > 0, "one request is not certain"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 9), st.floats(0, 1)), min_size=1), st.randoms())
+def test_a_request_is_one_however_many_rows_it_has(blocks: list[tuple[str, int, float]], rng: random.Random) -> None:
+    """In the order of the log, requests side by side; the ratio estimator written down once more, over whole requests."""
+    rows = [LiveRow(0.0, name, "de", "a", "v1", drafted, round(drafted * share)) for name, drafted, share in blocks]
+    last = {row.request_id: i for i, row in enumerate(rows)}
+    rows = [replace(row, finish_reason="stop") if last[row.request_id] == i and rng.random() < 0.5 else row for i, row in enumerate(rows)]
+    found, sums = side(rows).rate(), [(sum(r.drafted for r in rows if r.request_id == name), sum(r.accepted for r in rows if
+                                       r.request_id == name)) for name in last]
+    sums = [(d, a) for d, a in sums if d]
+    steps, n = sum(d for d, _ in sums), len(sums)
+    assert (found.steps, found.requests) == (steps, n)
+    if steps:
+        rate = sum(a for _, a in sums) / steps
+        smoothed = (sum(a for _, a in sums) + 1) / (steps + 2)
+        spread = sum((a - rate * d) ** 2 for d, a in sums) * n / max(n - 1, 1) / steps**2
+        assert (found.rate, found.error**2) == pytest.approx((rate, max(spread, smoothed * (1 - smoothed) / steps)))
+
+
+def test_requests_whose_end_is_never_logged_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MAX_GOING", 10)
+    found = Side()
+    for i in range(100):
+        found.add(LiveRow(0.0, "long", "de", "a", "v1", 1, 1))
+        found.add(LiveRow(0.0, f"cut off {i}", "de", "a", "v1", 4, 1))
+        assert len(found._going) <= 10 and "long" in found._going
+    assert found.rate().requests == 101 and found.rate().steps == 500
 
 
 def test_the_interval_covers_the_truth() -> None:
@@ -121,23 +174,6 @@ def test_the_interval_covers_the_truth() -> None:
     for _ in range(300):
         requests = [rng.betavariate(6, 4) for _ in range(25)]                    # true mean 0.6
         rows = [LiveRow(0.0, str(i), "de", "a", "v1", 12, sum(rng.random() < p for _ in range(12))) for i, p in enumerate(requests)]
-        found = rate_of(rows, lambda r: True)
+        found = side(rows).rate()
         missed += abs(found.rate - 0.6) > 1.96 * found.error
     assert missed / 300 < 0.1
-
-
-def test_the_log_is_read_as_capture_writes_it(tmp_path: Path, tiny_dir: Path) -> None:
-    config = write_engine(tmp_path, tiny_dir)
-    assert LiveLog(config).rows(0.0) == []
-    replica = FakeReplica(config, "replica-0", traffic=False)
-    with replica:
-        replica.serve(3)
-    rows = LiveLog(config).rows(0.0)
-    assert len(rows) == 3 and {(r.workload, r.replica, r.draft_version, r.drafted) for r in rows} == {("de", "replica-0", "", 0)}
-    assert LiveLog(config).rows(rows[-1].at + 1) == []
-    assert rows[0].emitted == 16 and rows[0].duration_ms == 30.0 and rows[0].finish_reason == "length"
-    log = LiveLog(config)
-    assert log.rows(0.0) == rows and log.rows(0.0)[0] is log.rows(rows[0].at)[0], "a shard is read once"
-    shard = next(config.state.acceptance.rglob("*.parquet"))
-    shard.write_bytes(shard.read_bytes()[:-200] + b"x" * 196 + b"PAR1")
-    assert LiveLog(config).rows(0.0) == []

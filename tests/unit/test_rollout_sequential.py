@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tide_pipeline.config import RolloutSettings
 from tide_pipeline.rollout.bake import scale_of
-from tide_pipeline.rollout.live import _ratio
+from tide_pipeline.rollout.live import Rate, Side
+from tide_pipeline.rollout.rows import LiveRow
 from tide_pipeline.rollout.sequential import ALPHA, FALSE_ROLLBACKS, METRICS, Gap, half_width
 
 STEPS = 16                         # drafted steps of a request
@@ -31,7 +32,7 @@ def accepted(seed: int, rate: float, alike: float) -> Array:
 
 
 def looks(counts: Array) -> tuple[Array, Array]:
-    """Rate and standard error after each request, as live._ratio computes them."""
+    """Rate and standard error after each request, as live.Side computes them."""
     n = np.arange(1, REQUESTS + 1)
     steps, total = STEPS * n, counts.cumsum(axis=1)
     rate = total / steps
@@ -49,13 +50,20 @@ def lower_ends(old: Array, new: Array, alpha: float) -> Array:
     return (a - b - width)[:, SETTINGS.min_bake_requests - 1:]
 
 
+def rate_of(counts: Array) -> Rate:
+    side = Side()
+    for i, count in enumerate(counts):
+        side.add(LiveRow(0.0, str(i), "de", "a", "v1", STEPS, int(count), finish_reason="stop"))
+    return side.rate()
+
+
 def test_the_simulation_computes_what_the_rollout_does() -> None:
     counts, old = accepted(1, 0.6, 6.0)[:1], accepted(2, 0.5, 6.0)[:1]
     rate, error = looks(counts)
     for n in (8, 40, REQUESTS):
-        found = _ratio([(STEPS, int(count)) for count in counts[0, :n]])
+        found = rate_of(counts[0, :n])
         assert (rate[0, n - 1], error[0, n - 1]) == pytest.approx((found.rate, found.error))
-    was, its = (_ratio([(STEPS, int(count)) for count in side[0]]) for side in (old, counts))
+    was, its = rate_of(old[0]), rate_of(counts[0])
     low, _ = Gap(was.rate - its.rate, math.hypot(was.error, its.error), REQUESTS).interval(scale_of(SETTINGS.max_drop))
     assert lower_ends(old, counts, ALPHA)[0, -1] == pytest.approx(low)
 

@@ -11,9 +11,11 @@ import random
 
 import pytest
 
+from tests.fakes_rollout import slowdown, slowdown_since
 from tide_pipeline.config import RolloutSettings
 from tide_pipeline.rollout.bake import Decision, Evidence, judge_bake
-from tide_pipeline.rollout.live import LiveRow, Rate, slowdown, slowdown_since
+from tide_pipeline.rollout.live import Rate
+from tide_pipeline.rollout.rows import LiveRow
 
 SCATTER, LIKE, SHARED = 0.3, 0.5, 0.3
 STRETCHES, PAST, ROLLOUTS = 30, 60, 60           # of 2 s: a bake of a minute, and two minutes before it

@@ -31,11 +31,12 @@ def run_view(status: str = "SUCCESS", created: float = 155.0, steps: dict[str, t
     return RunView("0123456789", status, created, created, 275.0, {}, {k: Step(k, "SUCCESS", a, b) for k, (a, b) in steps.items()})
 
 
-def deployment(n: int, stage: str, at: float, began: int = 2, reason: str = "why") -> Deployment:
-    return Deployment(n, "pocket", {"rest": {"*": "b"}}, (), stage, "dagster run 01234567", reason, at, "*", began)
+def deployment(n: int, stage: str, at: float, began: int = 2, reason: str = "why", who: str = "dagster run 01234567") -> Deployment:
+    return Deployment(n, "pocket", {"rest": {"*": "b"}}, (), stage, who, reason, at, "*", began)
 
 
-HISTORY = [deployment(2, "canary", 267.0), deployment(3, "rolling", 273.0), deployment(4, "stable", 274.5, reason="gain of one")]
+HISTORY = [deployment(2, "canary", 267.0), deployment(3, "rolling", 273.0, who="rollout sensor"),
+           deployment(4, "stable", 274.5, reason="gain of one", who="rollout sensor")]
 
 
 def turn(verdict: DriftVerdict | None = None) -> Turn:

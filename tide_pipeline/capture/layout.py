@@ -35,6 +35,8 @@ __all__ = ["SUPERSEDES_KEY", "TARGET_KEY", "Listing", "Vanished", "live_shards",
 
 T = TypeVar("T")
 
+REPEATS = "repeats rows of"        # begins the reason of a shard that is whole, and left out as its rows are in another one
+
 _MAGIC = b"PAR1"
 _TRIES = 10                        # listings, while others replace shards under our eyes
 _PAUSE_S = 0.05                    # before the second; grows
@@ -165,7 +167,7 @@ def _superseded(made: Sequence[Stored]) -> tuple[set[tuple[str, str]], dict[Stor
         if all(rival.name in names for rival in rivals):
             gone |= {(shard.folder, name): shard for name in names}
         else:
-            doubles[shard] = f"repeats rows of {sorted(rival.name for rival in rivals)[0]}: made of the same shards at the same time"
+            doubles[shard] = f"{REPEATS} {sorted(rival.name for rival in rivals)[0]}: made of the same shards at the same time"
     return set(gone), doubles
 
 

@@ -59,7 +59,7 @@ def start(
     verdict = load_verdict(config, build_id)
     check_verdict(config, made, verdict)
     confirm(f"serve {made.draft_version} for workload {workload} of {config.target}?", yes)
-    deployment = promote(config, made, verdict, workload=workload, who=who_am_i(), reason=reason,
+    deployment = promote(config, made, verdict, workload=workload, who=who_am_i(), reason=reason, by_person=True,
                          progress=lambda line: screen.print(line, markup=False))
     follow_aliases(config, deployment)
     tell(deployment, as_json)

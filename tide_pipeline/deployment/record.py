@@ -7,7 +7,6 @@ and decides again. Observed state is one file per replica, rewritten in place.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from tide_pipeline.contracts import Deployment, ObservedState, from_json
@@ -59,6 +58,11 @@ def read_observed(observed: Path, target: str) -> dict[str, ObservedState]:
     return {state.replica: state for state in states if state is not None}
 
 
+def reporters(observed: Path, target: str) -> list[str]:
+    """Replicas that ever reported, in order: also those whose file can't be parsed, which another version may have written."""
+    return sorted(path.stem for path in (observed / target).glob("*.json"))
+
+
 def read_replica(observed: Path, target: str, replica: str) -> ObservedState | None:
     """What one replica last reported; None when it never did, or its file can't be parsed."""
     return _observed(observed / target / f"{replica}.json")
@@ -67,5 +71,5 @@ def read_replica(observed: Path, target: str, replica: str) -> ObservedState | N
 def _observed(path: Path) -> ObservedState | None:
     try:
         return from_json(ObservedState, path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None

@@ -40,7 +40,7 @@ class Advanced:
 
 
 class Driver:
-    """`advance` as often as you like; a driver that is kept reads each shard of the log once."""
+    """`advance` as often as you like; a driver that is kept reads each shard of the log once and keeps sums of it."""
 
     def __init__(self, config: TideConfig, who: str) -> None:
         self.config, self.who = config, who
@@ -94,6 +94,7 @@ class Driver:
     def _sight(self, latest: Deployment | None) -> Sight:
         config, now = self.config, time.time()
         if latest is None or not is_under_way(latest):
+            self._watcher.forget()
             return Sight({}, {}, Evidence(Rate(0.0, 0.0, 0)), now)
         builds = {build_id for group in latest.groups.values() for build_id in group.values()}
         try:

@@ -8,7 +8,8 @@ at the same time; only where the gate left the benchmark to the canary and there
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from dataclasses import dataclass, field
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
@@ -17,34 +18,89 @@ from tide_pipeline.errors import BuildError, GateNotPassed
 from tide_pipeline.gate.run import load_verdict
 from tide_pipeline.rollout.bake import MIN_SPEED_BLOCKS, Evidence
 from tide_pipeline.rollout.history import new_build_of, rest_of, workload_of
-from tide_pipeline.rollout.live import LiveLog, LiveRow, Rate, error_rise, rate_of, slowdown, slowdown_since
-from tide_pipeline.rollout.sequential import Gap
+from tide_pipeline.rollout.live import ByBatch, Rate, Side, Stretches, error_rise, slowdown, slowdown_since
+from tide_pipeline.rollout.rows import LiveLog, LiveRow
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Which rows say something of a rollout."""
+
+    began_at: float
+    workload: str
+    own_tags: frozenset[str]       # workloads with a draft of their own
+    new_version: str
+    old_version: str
+    canaries: frozenset[str]
+
+    def is_affected(self, row: LiveRow) -> bool:
+        """Whether the row's workload is one whose draft changes."""
+        return row.workload == self.workload if self.workload != ANY_WORKLOAD else row.workload not in self.own_tags
+
+
+@dataclass
+class Tally:
+    """The rows of a rollout as sums. `control`: until its step came, each replica was one."""
+
+    rollout: Rollout
+    new: Side = field(default_factory=Side)
+    control: Side = field(default_factory=Side)
+    before: Side = field(default_factory=Side)             # the old draft, before the rollout too
+    beside: Stretches = field(default_factory=lambda: Stretches(sides=2))      # new and control at the same time
+    alone: ByBatch = field(default_factory=ByBatch)        # the new draft
+    own: ByBatch = field(default_factory=ByBatch)          # the old one on what are the canaries now
+    answered: set[str] = field(default_factory=set)        # replicas, since it began
+
+    def add(self, row: LiveRow) -> None:
+        if not self.rollout.is_affected(row):
+            return
+        is_old = row.draft_version == self.rollout.old_version
+        is_new = row.draft_version == self.rollout.new_version != ""
+        if is_old:
+            self.before.add(row)
+            if row.replica in self.rollout.canaries:
+                self.own.add(row)
+        if row.at < self.rollout.began_at:
+            return
+        self.answered.add(row.replica)
+        if is_old:
+            self.control.add(row)
+            self.beside.add(row, side=1)
+        if is_new:
+            self.new.add(row)
+            self.beside.add(row, side=0)
+            self.alone.add(row)
 
 
 class Watcher:
-    """Evidence of one target's rollouts. What it remembers of the log is a memory of files that never change: losing it loses nothing."""
+    """Evidence of one target's rollouts. What it remembers are sums over files that never change: losing them loses nothing."""
 
     def __init__(self, config: TideConfig) -> None:
-        self._config, self._log = config, LiveLog(config)
+        self._config = config
+        self._rollout: Rollout | None = None
+        self._log: LiveLog[Tally] | None = None
         self._versions: dict[str, str] = {}                # build id -> draft version; a build's name is its digest
+        self._lock = threading.Lock()                      # Dagster gives up a slow tick, begins another, and lets the first one go on
 
     def look(self, latest: Deployment, began_at: float) -> Evidence:
-        """`began_at`: when the rollout was opened (Unix seconds)."""
-        workload, rest = workload_of(latest), rest_of(latest)
-        new_version = self.version_of(new_build_of(latest))
-        old_version = self.version_of(rest.get(workload) or rest.get(ANY_WORKLOAD, ""))
-        own_tags = {tag for tag in latest.groups["canary"] if tag != ANY_WORKLOAD}
-        rows = [row for row in self._log.rows(began_at - self._config.drift.recent_s) if _is_affected(row, workload, own_tags)]
-        since = [row for row in rows if row.at >= began_at]
-        theirs = [row for row in since if row.replica in latest.canary_replicas]
-        new = [row for row in theirs if row.draft_version == new_version]
-        control = [row for row in since if row.draft_version == old_version]       # until its step came, each replica was one
-        before = [row for row in rows if row.draft_version == old_version]
-        old, against = self._old(control, before, new_build_of(latest)) if old_version else (None, "")
-        slower, slower_than = slowdown(new, control), "beside it"
-        if latest.deferred and (slower is None or slower.n < MIN_SPEED_BLOCKS):
-            slower, slower_than = self._slower_than_before(new, before, latest.canary_replicas)
-        return Evidence(rate_of(new), old, against, slower, error_rise(new, control), bool(theirs), slower_than=slower_than)
+        """`began_at`: when the rollout was opened (Unix seconds). Raises LakeError."""
+        rollout = self._rollout_of(latest, began_at)
+        with self._lock:
+            if self._log is None or rollout != self._rollout:
+                self._rollout, self._log = rollout, LiveLog(self._config, began_at - self._config.drift.recent_s, lambda: Tally(rollout))
+            tally = self._log.sums()
+            old, against = self._old(tally, new_build_of(latest)) if rollout.old_version else (None, "")
+            slower, slower_than = slowdown(tally.beside), "beside it"
+            if latest.deferred and (slower is None or slower.n < MIN_SPEED_BLOCKS):
+                slower = slowdown_since(tally.alone, tally.own)
+                slower_than = f"against its own last {self._config.drift.recent_s:.0f} s at the same batch sizes"
+            return Evidence(tally.new.rate(), old, against, slower, error_rise(tally.new, tally.control),
+                            not tally.answered.isdisjoint(latest.canary_replicas), slower_than=slower_than)
+
+    def forget(self) -> None:
+        """The sums, once no rollout is under way."""
+        with self._lock:
+            self._rollout = self._log = None
 
     def version_of(self, build_id: str) -> str:
         """"" for none, or one that is gone."""
@@ -53,14 +109,15 @@ class Watcher:
                 self._versions[build_id] = read_build(self._config.state.builds, self._config.target, build_id).draft_version
         return self._versions.get(build_id, "")
 
-    def _slower_than_before(self, new: Sequence[LiveRow], before: Sequence[LiveRow], replicas: Sequence[str]) -> tuple[Gap | None, str]:
-        own = [row for row in before if row.replica in replicas]
-        return slowdown_since(new, own), f"against its own last {self._config.drift.recent_s:.0f} s at the same batch sizes"
+    def _rollout_of(self, latest: Deployment, began_at: float) -> Rollout:
+        workload, rest = workload_of(latest), rest_of(latest)
+        return Rollout(began_at, workload, frozenset(latest.groups["canary"]) - {ANY_WORKLOAD}, self.version_of(new_build_of(latest)),
+                       self.version_of(rest.get(workload) or rest.get(ANY_WORKLOAD, "")), frozenset(latest.canary_replicas))
 
-    def _old(self, control: Sequence[LiveRow], before: Sequence[LiveRow], new_build: str) -> tuple[Rate | None, str]:
-        settings, beside, earlier = self._config.rollout, rate_of(control), rate_of(before)
+    def _old(self, tally: Tally, new_build: str) -> tuple[Rate | None, str]:
+        settings, beside, earlier = self._config.rollout, tally.control.rate(), tally.before.rate()
         if beside.steps >= settings.min_bake_steps and beside.requests >= settings.min_bake_requests:
-            return beside, f"on {len({row.replica for row in control})} control replicas"
+            return beside, f"on {len(tally.control.replicas)} control replicas"
         if earlier.steps >= settings.min_bake_steps:
             return earlier, f"in the last {self._config.drift.recent_s:.0f} s"
         with contextlib.suppress(GateNotPassed):
@@ -68,8 +125,3 @@ class Watcher:
             if offline is not None:
                 return Rate(float(offline), 0.0, 0), "in the gate"
         return None, ""
-
-
-def _is_affected(row: LiveRow, workload: str, own_tags: set[str]) -> bool:
-    """Whether the row's workload is one whose draft changes."""
-    return row.workload == workload if workload != ANY_WORKLOAD else row.workload not in own_tags

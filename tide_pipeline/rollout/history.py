@@ -124,6 +124,15 @@ def new_build_of(latest: Deployment) -> str:
     return latest.groups.get("canary", {}).get(workload_of(latest), "")
 
 
+def taken_back(history: Sequence[Deployment], workload: str, build_id: str, since: float) -> Deployment | None:
+    """The last record after `since` (Unix seconds) by which a build went that was served, rolled out or proposed for the workload."""
+    for before, after in zip(history[-2::-1], history[:0:-1], strict=True):
+        brought = (new_build_of(before), workload_of(before)) == (build_id, workload) or rest_of(before).get(workload) == build_id
+        if brought and after.stage == ROLLED_BACK and rest_of(after).get(workload) != build_id and after.created_at > since:
+            return after
+    return None
+
+
 def served_states(history: Sequence[Deployment]) -> list[Drafts]:
     """What was stably served, oldest first; the last one counts now. What was rolled back from is no longer in it."""
     states: list[Drafts] = [rest_of(history[0])] if history else []

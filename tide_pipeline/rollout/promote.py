@@ -12,7 +12,7 @@ from enum import StrEnum
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.builds import load_build
-from tide_pipeline.deployment.record import DeploymentRecord, read_observed
+from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused, SettingsError
 from tide_pipeline.gate.judge import BENCHED, DOORS
 from tide_pipeline.rollout.drive import Driver, Report
@@ -29,7 +29,8 @@ from tide_pipeline.rollout.history import (
     rest_of,
     workload_of,
 )
-from tide_pipeline.rollout.replicas import find_replicas
+from tide_pipeline.rollout.replicas import find_replicas, why_nobody
+from tide_pipeline.rollout.standing import check_standing
 
 Decide = Callable[[Deployment | None], Deployment]
 
@@ -60,19 +61,23 @@ class Promotion:
     reason: str
     first_position: float          # in the gate
     deferred: tuple[str, ...]      # doors that the gate left to the canary
+    by_person: bool = False
 
 
 def promote(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, workload: str = ANY_WORKLOAD, who: str, reason: str,
-            progress: Report = lambda text: None) -> Deployment:
+            by_person: bool = False, progress: Report = lambda text: None) -> Deployment:
     """Serve `build` for `workload`. Returns the record that ends the rollout: stage "stable", or "rolled_back" with why.
 
+    `by_person`: somebody named this very build, so that it may have been taken back since its verdict.
+
     Raises:
-        GateNotPassed: the verdict does not open every door, is of another draft, or the build's bytes changed since.
-        RolloutRefused: what is served is pinned, or replicas have reported and none does now, or none ever did and one has to time it.
+        GateNotPassed: the verdict does not open every door, is of another draft, workload or champion, or the build's bytes changed since.
+        RolloutRefused: what is served is pinned, the draft was taken back since its verdict, replicas have reported and none does now, or
+            none ever did and one has to time it.
         DeploymentConflict: another rollout of this target is under way, or somebody ended this one.
     """
     check_verdict(config, build, verdict)
-    wanted = Promotion(build, workload, who, reason, _first_position(verdict), verdict.deferred)
+    wanted = Promotion(build, workload, who, reason, _first_position(verdict), verdict.deferred, by_person)
     begun = decide_and_append(_record(config), lambda latest: _open(config, latest, wanted))
     if not is_under_way(begun):                                        # served already, or nobody there to watch
         return begun
@@ -90,6 +95,7 @@ def propose(config: TideConfig, build: EngineBuild, verdict: GateVerdict, *, wor
         is_proposed = latest is not None and latest.stage == PROPOSED and _brings(latest, workload, build.build_id)
         if latest is not None and (is_proposed or _is_served(latest, workload, build.build_id)):
             return latest
+        check_standing(config, latest, build, workload)
         return opened(latest, config.target, workload, build.build_id, (), who,
                       f"{reason}; {build.draft_version} for {workload!r} passed the gate: approve it, or leave it",
                       _first_position(verdict), verdict.deferred)
@@ -125,14 +131,14 @@ def _open(config: TideConfig, latest: Deployment | None, wanted: Promotion) -> D
     _refuse_if_held(latest)
     if latest is not None and _is_served(latest, workload, build.build_id):
         return latest
+    check_standing(config, latest, build, workload, by_person=wanted.by_person)
     title, live = f"{wanted.reason}; {build.draft_version} for {workload!r}", find_replicas(config)
     if live:
         canaries = live[: max(1, min(config.rollout.canaries, len(live) - 1))]
         return opened(latest, config.target, workload, build.build_id, canaries, wanted.who,
                       f"{title}: canary on {', '.join(canaries)} of {len(live)}", wanted.first_position, wanted.deferred)
-    if read_observed(config.state.observed, config.target):
-        raise RolloutRefused(f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: "
-                             "nobody could be watched, look at `tide status`")
+    if why := why_nobody(config):
+        raise RolloutRefused(why)
     if wanted.deferred:
         raise RolloutRefused(f"the gate left the benchmark of {build.draft_version} to a canary, and no replica of {config.target} has "
                              "ever reported: start one on the draft that the engine ships, send it traffic, then promote this one")

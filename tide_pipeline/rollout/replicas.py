@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, ObservedState
-from tide_pipeline.deployment.record import read_observed
+from tide_pipeline.deployment.record import read_observed, reporters
 
 POLL_S = 0.2
 ERROR_GRACE_S = 8.0                # a draft agent tries a build again after 5 s: only an error that outlives that counts
@@ -23,9 +23,20 @@ def live_replicas(config: TideConfig) -> dict[str, ObservedState]:
 def find_replicas(config: TideConfig) -> list[str]:
     """Names of live replicas, in order. Where some reported once, they get one heartbeat's time to do it again."""
     give_up = time.monotonic() + config.rollout.heartbeat_s
-    while not (live := live_replicas(config)) and read_observed(config.state.observed, config.target) and time.monotonic() < give_up:
+    while not (live := live_replicas(config)) and reporters(config.state.observed, config.target) and time.monotonic() < give_up:
         time.sleep(POLL_S)
     return sorted(live)
+
+
+def why_nobody(config: TideConfig) -> str:
+    """Why no replica is live where some have reported; "" where none ever has."""
+    names, seen = reporters(config.state.observed, config.target), read_observed(config.state.observed, config.target)
+    if not names:
+        return ""
+    unread = ", ".join(name for name in names if name not in seen)
+    told = f"; the reports of {unread} can't be read by this version: run one version everywhere" if unread else ""
+    return (f"replicas of {config.target} have reported, and none has for {config.rollout.heartbeat_s:.0f} s: nobody could be watched, "
+            f"look at `tide status`{told}")
 
 
 def fresh(replicas: Mapping[str, ObservedState], heartbeat_s: float, now: float) -> dict[str, ObservedState]:
