@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes_drift import acceptance_row, config_in, traffic, write_log
 from tide_pipeline.config import TideConfig
+from tide_pipeline.contracts import AcceptanceRow
 from tide_pipeline.drift import early
 from tide_pipeline.drift.early import baseline_steps, early_life
 from tide_pipeline.drift.judge import judge_drift
@@ -60,6 +61,28 @@ def test_a_note_of_another_log_or_one_cut_short_does_not_count(config: TideConfi
         assert early_life(config, "v/1", None) == life, text
         assert path.read_text() == whole, "noted again"
     assert "looking into the log instead" in caplog.text
+
+
+def test_a_baseline_that_says_little_goes_on(config: TideConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine unlike requests settled a draft at 0.60 (0.34 to 0.86) for good: a fall to 0.34 was no drift for fifty minutes of a soak."""
+    def request(i: int, first: int, workload: str = "en") -> AcceptanceRow:
+        return acceptance_row(NOW - 100 + i, request_id=f"{workload}-{i}", workload=workload, drafted=(50, 0, 0), accepted=(first, 0, 0))
+
+    write_log(config, [request(i, 50 if i % 2 else 10) for i in range(9)])
+    life = early_life(config, "v1", None)
+    assert life.overall is not None and life.overall.estimate.steps == 450 and not life.is_final
+    write_log(config, [request(i, 35) for i in range(9, 40)])
+    overall = early_life(config, "v1", None).overall
+    assert overall is not None and overall.is_complete and overall.estimate.requests == 32 and overall.estimate.variance**0.5 <= 0.05
+    another_process(monkeypatch)
+    assert early_life(config, "v1", None).overall == overall
+
+
+def test_requests_that_never_agree_are_waited_for_so_long_and_no_longer(config: TideConfig) -> None:
+    write_log(config, [acceptance_row(NOW - 900 + i, request_id=f"r{i}", drafted=(50, 0, 0), accepted=(50 * (i % 3 > 0), 0, 0))
+                       for i in range(80)])
+    overall = early_life(config, "v1", None).overall
+    assert overall is not None and overall.is_complete and overall.estimate.requests == 64 and overall.estimate.variance**0.5 > 0.05
 
 
 @pytest.mark.parametrize("most", [1, 7, 64])

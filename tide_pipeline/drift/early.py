@@ -1,6 +1,7 @@
 """The early life of a draft version: what it was worth when it was promoted. Knows the log; decides nothing.
 
 Its first N drafted steps, of MIN_REQUESTS requests or more, over all workloads and of each that was served then; fixed once complete.
+Where requests differ so much that this says little (a standard error above PRECISE), it is twice as many, up to eight times.
 The log is read from the version's first hour on, a few hours and at most MOST_ROWS rows at a time, and only rows that can be among the
 first are kept: a log of any size takes the same memory, and is read no further than needed. A life that is not complete goes on where
 the last look ended; one that is, is noted (promoted.py) and never read again.
@@ -8,8 +9,9 @@ the last look ended; one that is, is noted (promoted.py) and never read again.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,9 +23,11 @@ from tide_pipeline.config import DriftSettings, TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD
 from tide_pipeline.drift.acceptance import FINISH, MIN_REQUESTS
 from tide_pipeline.drift.promoted import Early, EarlyLife, note, noted
-from tide_pipeline.drift.rates import clustered
+from tide_pipeline.drift.rates import RateEstimate, clustered
 from tide_pipeline.drift.views import read
 
+PRECISE = 0.05                     # a baseline with a larger standard error hides falls of 0.1 for as long as its draft is served
+TIMES = (1, 2, 4, 8)               # N and MIN_REQUESTS
 LATE_S = 600.0                     # rows may come that much later than they were closed: a disk that refused, clocks that differ
 HOUR_S, MOST_HOURS = 3600.0, 6    # read at a time: one hour first, then twice as many each time
 MOST_ROWS = 8192                   # looked through at a time: the oldest of those hours first
@@ -73,6 +77,12 @@ def baseline_steps(settings: DriftSettings) -> int:
     return max(2 * settings.min_steps, 400)
 
 
+def is_settled(estimate: RateEstimate, steps: int, times: int) -> bool:
+    """Whether `times` N = `steps` are there, and say enough or are as many as are waited for."""
+    is_there = estimate.steps >= times * steps and estimate.requests >= times * MIN_REQUESTS
+    return is_there and (math.sqrt(estimate.variance) <= PRECISE or times == TIMES[-1])
+
+
 def early_life(config: TideConfig, version: str, since: float | None) -> EarlyLife:
     """Of a draft version that served from `since` (Unix seconds; None: the lake's first day) on. Raises LakeError."""
     steps = baseline_steps(config.drift)
@@ -103,7 +113,8 @@ def _look(config: TideConfig, version: str, since: float | None, seen: _Seen) ->
 def _through(config: TideConfig, version: str, period: tuple[float, float | None], after: float, life: EarlyLife,
              rows: Sequence[tuple[Any, ...]]) -> tuple[EarlyLife, Sequence[tuple[Any, ...]]]:
     """Go on through the shards of a period: rows closed later than `after`, the oldest first."""
-    wanted: dict[str, Any] = {"steps": baseline_steps(config.drift), "requests": MIN_REQUESTS}
+    steps = baseline_steps(config.drift)
+    wanted = _times(steps, TIMES[-1])
     begin_us, most = int(after * 1e6) + 1, MOST_ROWS
     while True:
         asked = {**wanted, "version": version, "begin": _EPOCH + timedelta(microseconds=begin_us), "workloads": life.waits_for,
@@ -111,7 +122,7 @@ def _through(config: TideConfig, version: str, period: tuple[float, float | None
         found = read(config, _KEEP, asked, since=period[0], until=period[1], version=version, tables={"kept": _table(rows)})
         until_us, rows = found[0][0], [tuple(row) for _, *row in found if row[1] is not None]
         if rows:
-            life = _rates(config, rows, wanted)
+            life = _rates(config, rows, steps)
         if until_us is None or (life.is_final and until_us / 1e6 > _end_of(life)):
             return life, rows
         most = MOST_ROWS if until_us > begin_us else 2 * most              # that many rows of one instant
@@ -128,12 +139,23 @@ def _periods(begin: float, now: float) -> Iterator[tuple[float, float | None]]:
     yield begin, None
 
 
-def _rates(config: TideConfig, rows: Sequence[tuple[Any, ...]], wanted: Mapping[str, Any]) -> EarlyLife:
+def _rates(config: TideConfig, rows: Sequence[tuple[Any, ...]], steps: int) -> EarlyLife:
+    """Of each scope, the fewest rows that settle it. Workloads are those that were served while everything together was not settled."""
     found: dict[str, Early] = {}
-    for scope, *sums, until in read(config, _RATES, wanted, since=float("inf"), tables={"kept": _table(rows)}):
-        estimate = clustered(*sums)
-        found[scope] = Early(estimate, until, estimate.steps >= wanted["steps"] and estimate.requests >= wanted["requests"])
+    for times in TIMES:
+        is_open = ANY_WORKLOAD not in found or not found[ANY_WORKLOAD].is_complete
+        for scope, *sums, until in read(config, _RATES, _times(steps, times), since=float("inf"), tables={"kept": _table(rows)}):
+            if found[scope].is_complete if scope in found else not is_open:
+                continue
+            estimate = clustered(*sums)
+            found[scope] = Early(estimate, until, is_settled(estimate, steps, times))
+        if all(early.is_complete for early in found.values()):
+            break
     return EarlyLife(found.pop(ANY_WORKLOAD, None), found)
+
+
+def _times(steps: int, times: int) -> dict[str, Any]:
+    return {"steps": times * steps, "requests": times * MIN_REQUESTS}
 
 
 def _end_of(life: EarlyLife) -> float:

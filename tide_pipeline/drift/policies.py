@@ -19,10 +19,9 @@ from typing import Protocol
 
 from tide_pipeline.capture.change import PageHinkley
 from tide_pipeline.config import CaptureSettings, DriftSettings
-from tide_pipeline.drift.acceptance import MIN_REQUESTS
 from tide_pipeline.drift.adwin import Adwin
 from tide_pipeline.drift.alarms import Alarm, Averages, ChangePoint
-from tide_pipeline.drift.early import baseline_steps
+from tide_pipeline.drift.early import TIMES, baseline_steps, is_settled
 from tide_pipeline.drift.level import Judge, JudgeAnd, LevelEma
 from tide_pipeline.drift.rates import RateEstimate
 from tide_pipeline.drift.slots import Slot, Sums
@@ -106,5 +105,6 @@ class Running:
 
     def _calibrate(self, slot: Slot) -> None:
         self._first.add(slot)
-        if self._first.drafted >= baseline_steps(self._drift) and self._first.requests >= MIN_REQUESTS:
-            self._baseline = self._first.estimate()
+        estimate, steps = self._first.estimate(), baseline_steps(self._drift)
+        if any(is_settled(estimate, steps, times) for times in TIMES):
+            self._baseline = estimate
