@@ -176,6 +176,17 @@ def test_an_alias_moved_by_hand_goes_through_the_gate(config: TideConfig, instan
     assert not looked(instance).run_requests
 
 
+def test_a_request_that_can_not_be_judged_is_answered(config: TideConfig, instance: dg.DagsterInstance) -> None:
+    """Nothing of the workload was captured: nobody tries again, so whoever moved the alias must hear why."""
+    registry = open_registry(config)
+    version = registry.list()[0].version
+    registry.tag(version, {"request": "waiting", "requested_at": "1.0", "requested_for": "never asked"})
+    done = defs().resolve_job_def("judge_challenger").execute_in_process(
+        instance=instance, run_config={"ops": {"draft_engine": {"config": {"version": version}}}}, raise_on_error=False)
+    answer = registry.get(version).tags["request"]
+    assert not done.success and answer.startswith("failed: ") and "'never asked'" in answer
+
+
 def test_a_registry_that_is_away_costs_the_alias_and_no_draft(config: TideConfig) -> None:
     draft, context = open_registry(config).list()[-1], dg.build_asset_context()
     name_challenger(context, Registry("http://127.0.0.1:9", config.target), draft)

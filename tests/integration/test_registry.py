@@ -25,7 +25,7 @@ from tide_pipeline.models.target import Target
 from tide_pipeline.registry.client import without_password
 from tide_pipeline.registry.registry import RegisteredDraft, Registry, default_uri
 from tide_pipeline.registry.shipped import register_shipped
-from tide_pipeline.rollout.alias import Followed, answer_request, follow_alias, waiting_request
+from tide_pipeline.rollout.alias import Followed, answer_request, asked_workload, follow_alias, waiting_request
 from tide_pipeline.rollout.challenger import challenge, step_down
 from tide_pipeline.rollout.history import opened, settled, withdrawn
 
@@ -222,6 +222,31 @@ def test_an_alias_moved_by_hand_is_put_back_and_its_version_asked_for(
     assert follow_alias(config, registry, stable).requested == {}, "asked once"
     answer_request(registry, other.version, "refused by the gate")
     assert waiting_request(registry) is None and registry.get(other.version).tags["request"] == "refused by the gate"
+
+
+def test_a_workloads_alias_asks_for_that_workload(
+        config: TideConfig, registry: Registry, two: tuple[Deployment, RegisteredDraft, RegisteredDraft]) -> None:
+    """Moving champion-code to a draft that was trained for de: it is judged on code, and would serve code alone."""
+    stable, _, other = two
+    both = replace(stable, groups={"rest": {**stable.groups["rest"], "code": stable.groups["rest"]["*"]}})
+    follow_alias(config, registry, both)
+    registry.set_alias("champion-code", other.version)
+    assert follow_alias(config, registry, both).requested == {"champion-code": other.version}
+    asked = waiting_request(registry)
+    assert asked is not None and (asked.version, asked.workload) == (other.version, "code")
+    answer_request(registry, other.version, "refused by the gate")
+    assert asked_workload(registry.get(other.version)) == "de", "asked for again, by hand, it is what it was trained for"
+
+
+@pytest.mark.parametrize("label", ["../../elsewhere", "/tmp/elsewhere", "..", "a b", "x" * 65])
+def test_a_label_that_somebody_wrote_into_mlflow_is_no_path(registry: Registry, checkpoint: DraftCheckpoint, label: str) -> None:
+    draft = registry.register(checkpoint, lineage={})
+    registry.tag(draft.version, {"label": label})
+    assert registry.get(draft.version).draft_version == f"v{draft.version}-{draft.digest[:8]}"
+    registry.tag(draft.version, {"label": "", "digest": f"../{draft.digest[3:]}"})
+    with pytest.raises(RegistryError, match="has no digest tag"):
+        registry.get(draft.version)
+    registry.tag(draft.version, {"digest": draft.digest})
 
 
 def test_an_alias_that_lags_or_is_gone_is_no_request(config: TideConfig, registry: Registry,

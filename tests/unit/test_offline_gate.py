@@ -12,9 +12,10 @@ from tests.fakes_training import captured, open_target, random_draft, tiny_engin
 from tide_pipeline.capture.reader import WindowStates
 from tide_pipeline.config import GateSettings, TideConfig, override
 from tide_pipeline.errors import NotEnoughSignals
-from tide_pipeline.gate.offline import held_out_states, paired_acceptance, replay_acceptance
+from tide_pipeline.gate.offline import by_prompt, held_out_states, paired_acceptance
 from tide_pipeline.models.eagle3 import DraftRunner, Eagle3Draft
 from tide_pipeline.models.target import Target
+from tide_pipeline.training.acceptance import replay
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def some_good_draft(target: Target, vocabulary: torch.Tensor | None = None) -> E
 def test_batched_replay_equals_the_slow_walk(target: Target, draft_length: int, reduced: bool) -> None:
     windows = captured(target, "py", 5, prompt=7, output=30) + captured(target, "de", 3, prompt=4, output=12, seed=2)
     draft = some_good_draft(target, torch.arange(0, 64, 2) if reduced else None)
-    found = replay_acceptance(draft, target, windows, draft_length)
+    found = by_prompt(replay(draft, target, windows, draft_length))
     total = 0
     for w in windows:
         steps, by_position = slow_walk(draft, target, w, draft_length)
@@ -82,11 +83,11 @@ def test_a_windows_start_and_the_requests_other_windows_are_counted(target: Targ
     tail = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=20), w.token_ids[16:], w.taps_TG[16:], w.final_TD[16:])
     draft = some_good_draft(target)
     a, b, both = (one for part in ([head], [tail], [head, tail])
-                  for one in replay_acceptance(draft, target, part, 3).values())
+                  for one in by_prompt(replay(draft, target, part, 3)).values())
     assert both.steps == a.steps + b.steps and both.rows == 36
-    assert replay_acceptance(draft, target, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3) == {}
+    assert by_prompt(replay(draft, target, [WindowStates(w.window, w.token_ids[:8], w.taps_TG[:7], None)], 3)) == {}
     short = WindowStates(dataclasses.replace(w.window, start_pos=16, num_rows=3), w.token_ids[16:20], w.taps_TG[16:19], w.final_TD[16:19])
-    (one,) = replay_acceptance(draft, target, [short], 5).values()
+    (one,) = by_prompt(replay(draft, target, [short], 5)).values()
     assert one.steps == 1 and one.accepted[1:] == (0, 0, 0, 0)                   # room for one drafted token before the last
 
 

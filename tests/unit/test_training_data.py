@@ -14,7 +14,7 @@ from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CheckpointError, EngineMismatch, NotEnoughSignals
 from tide_pipeline.training.batches import Sampler
-from tide_pipeline.training.data import WindowSplit, find_windows, is_held_out, read_held_out, split_windows
+from tide_pipeline.training.data import WindowSplit, find_windows, held_out_windows, is_held_out, read_fitting, split_windows
 from tide_pipeline.training.look import look_through
 from tide_pipeline.training.places import window_reader
 from tide_pipeline.training.snapshot import RUN, load_run, save_run
@@ -44,8 +44,8 @@ def test_split_is_by_prompt_and_reports_what_was_left_out(config: TideConfig) ->
     assert {w.workload for w in data.focus} == {"de"} and {w.workload for w in data.replay} == {"py"}
     assert data.skipped == {"made by another engine": 3}
     assert all(is_held_out(p, 0.2) for p in held_out) and not any(is_held_out(p, 0.2) for p in train)
-    assert {w.window.workload for w in read_held_out(split, head, 2)} == {"de", "py"}
-    assert len(read_held_out(split, head, 2)) <= 4
+    assert {w.window.workload for w in read_fitting(held_out_windows(split, 2), head)} == {"de", "py"}
+    assert len(read_fitting(held_out_windows(split, 2), head)) <= 4
 
 
 def test_requests_with_the_same_prompt_stay_on_one_side(config: TideConfig, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_gate_sees_every_prompt_before_a_second_window_of_any(config: TideCo
     lake = override(config, {"state_dir": str(tmp_path), "training": {"eval_share": 1.0}})
     to_lake(lake, windows + often)
     held = split_windows(list_windows(lake.state.signals, lake.target).windows, "de", lake.training)
-    chosen = read_held_out(held, target_head_of(lake), 8)
+    chosen = read_fitting(held_out_windows(held, 8), target_head_of(lake))
     assert len({s.window.prompt_digest for s in chosen}) == 6 and len(chosen) == 8
     assert [s.window.request_id for s in chosen if s.window.closed_at >= 100] == ["often-51", "often-52", "often-53"], "and the newest"
 

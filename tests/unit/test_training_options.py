@@ -16,7 +16,7 @@ from tide_pipeline.models.checkpoint import load_draft
 from tide_pipeline.training import run as run_module
 from tide_pipeline.training.acceptance import acceptance_length, replay
 from tide_pipeline.training.average import Average
-from tide_pipeline.training.data import find_windows, read_held_out
+from tide_pipeline.training.data import find_windows, held_out_windows, read_fitting
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.optimizer import Optimizer, rate_factor
 from tide_pipeline.training.shares import Shares
@@ -63,7 +63,7 @@ def test_averaged_weights_are_exported_when_they_are_better(config: TideConfig, 
     assert made.acceptance_length == max(max(p["acceptance_length"], p.get("averaged_acceptance_length", 0.0)) for p in evaluations)
     head = target_head_of(config)
     split = find_windows(config, "de", head.digest)
-    held_out = [s for s in read_held_out(split, head, len(split.focus_held_out)) if s.window.workload == "de"]
+    held_out = [s for s in read_fitting(held_out_windows(split, len(split.focus_held_out)), head) if s.window.workload == "de"]
     served = load_draft(tmp_path, head.shape, head.identity)
     measured = acceptance_length(replay(served, head, held_out, config.gate.draft_length))
     assert measured == pytest.approx(made.acceptance_length, abs=0.1)             # in bf16, as it is served
@@ -100,7 +100,8 @@ def test_what_is_exported_lies_a_little_back_towards_the_champion(config: TideCo
             train_draft(run_config, workload="de", out_dir=folder, champion=champion, should_stop=lambda asked=asked: next(asked) == 15)
         made = train_draft(run_config, workload="de", out_dir=folder, champion=champion)
         ends[share] = load_draft(folder, head.shape, head.identity).fc.weight
-        held_out = [s for s in read_held_out(find_windows(config, "de", head.digest), head, 99) if s.window.workload == "de"]
+        windows = held_out_windows(find_windows(config, "de", head.digest), 99)
+        held_out = [s for s in read_fitting(windows, head) if s.window.workload == "de"]
         measured = acceptance_length(replay(load_draft(folder, head.shape, head.identity), head, held_out, config.gate.draft_length))
         assert measured == pytest.approx(made.acceptance_length, abs=0.1)         # in bf16, as it is served
     begun = load_draft(champion, head.shape, head.identity).fc.weight

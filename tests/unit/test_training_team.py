@@ -22,7 +22,7 @@ from tide_pipeline.config import TideConfig, TrainingSettings, override
 from tide_pipeline.engine.memory import deal
 from tide_pipeline.recipes import freeze
 from tide_pipeline.training.average import Average
-from tide_pipeline.training.data import find_windows, read_held_out
+from tide_pipeline.training.data import find_windows, held_out_windows, read_fitting
 from tide_pipeline.training.gradient import GradientMaker
 from tide_pipeline.training.loop import train_draft
 from tide_pipeline.training.loss import LossWeights
@@ -147,7 +147,7 @@ def test_a_process_without_a_held_out_window_counts_as_the_others_do(config: Tid
     maker = GradientMaker(draft, head, LossWeights(1, 0.0, 1.0), 48, autocast=False, parts=1)
     selection = Selection(maker, Average({}, 0.0), 3, Shares(draft, Team()))
     monkeypatch.setattr(Team, "add_up", lambda self, tensors: sent.extend((t.dtype, t.shape) for t in tensors))
-    held_out = read_held_out(find_windows(config, "de", head.digest), head, 4)
+    held_out = read_fitting(held_out_windows(find_windows(config, "de", head.digest), 4), head)
     assert held_out and selection.acceptance_on([]) == 1.0 and selection.acceptance_on(held_out) >= 1.0
     assert len(sent) == 2 and sent[0] == sent[1]
 

@@ -115,7 +115,8 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
             name_challenger(context, registry, adaptation.load(RegisteredDraft, "registered"))
         draft = adaptation.load(RegisteredDraft, "registered")
         fetched = fetch_or_refuse(registry, draft, adaptation)
-    build = build_engine(settings, fetched, draft.draft_version)
+    with answering(context, settings, adaptation):
+        build = build_engine(settings, fetched, draft.draft_version)
     adaptation.save("build", build)
     adaptation.mark(**{BUILT: time.time()})
     return dg.MaterializeResult(metadata={"build_id": build.build_id, "draft_version": build.draft_version,
@@ -135,7 +136,9 @@ def waiting_for_mlflow() -> Iterator[None]:
 
 def begin_with(adaptation: Adaptation, draft: "RegisteredDraft") -> None:
     """An adaptation without training: a version that somebody asked for by moving an alias."""
-    adaptation.save("request", Request(draft.tags.get("workload", "default"), f"version {draft.version} was asked for in MLflow"))
+    from tide_pipeline.rollout.alias import asked_workload
+
+    adaptation.save("request", Request(asked_workload(draft), f"version {draft.version} was asked for in MLflow"))
     adaptation.save("registered", draft)
 
 
@@ -149,6 +152,23 @@ def name_challenger(context: dg.AssetExecutionContext, registry: "Registry", dra
             context.log.info(f"challenger stays on version {standing}, which somebody asked for")
     except RegistryError as error:
         context.log.warning(f"{draft.draft_version} is not MLflow's challenger: {error}")
+
+
+@contextlib.contextmanager
+def answering(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation) -> Iterator[None]:
+    """Whoever asked for the version in MLflow hears why it came to nothing. A run that is run again answers anew."""
+    from tide_pipeline.errors import RegistryError, TideError
+    from tide_pipeline.registry.registry import RegisteredDraft, open_registry
+    from tide_pipeline.rollout.alias import answer_request
+
+    try:
+        yield
+    except TideError as error:
+        try:
+            answer_request(open_registry(settings), adaptation.load(RegisteredDraft, "registered").version, f"failed: {error}")
+        except RegistryError as away:
+            context.log.warning(f"the failure is not in the registry: {away}")
+        raise
 
 
 def fetch_or_refuse(registry: "Registry", draft: "RegisteredDraft", adaptation: Adaptation) -> Path:

@@ -10,7 +10,7 @@ import dagster as dg
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
-from tide_pipeline.defs.draft import adaptation_of, draft_engine
+from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import JUDGED, split, without_waiting
@@ -34,8 +34,9 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     asked = adaptation.request()
-    report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
-                      focus_since=asked.focus_since, replays=adaptation.replays)
+    with answering(context, settings, adaptation):
+        report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
+                          focus_since=asked.focus_since, replays=adaptation.replays)
     tell_registry(context, settings, adaptation, report.verdict)
     adaptation.mark(**{JUDGED: time.time()})
     paired = report.paired

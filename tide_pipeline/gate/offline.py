@@ -30,12 +30,6 @@ SAMPLED = " (sampled)"             # suffix of a workload's windows with tempera
 Cluster = tuple[str, bool, str]    # workload, sampled or greedy, prompt digest
 
 
-def replay_acceptance(draft: Eagle3Draft, head: Head, states: Iterable[WindowStates],
-                      draft_length: int) -> dict[Cluster, Replay]:
-    """Prompt by prompt, its simulated steps and, per position, how many of them accepted the drafted token."""
-    return by_prompt(replay(draft, head, states, draft_length))
-
-
 def by_prompt(replays: Iterable[Replay]) -> dict[Cluster, Replay]:
     """Windows of one prompt, added up."""
     found: dict[Cluster, Replay] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ from tide_pipeline.registry.run import ARTIFACTS, PROVENANCE, ensure_experiment,
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
+
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -215,11 +220,12 @@ class Registry:
         """MLflow's version as ours. Raises RegistryError for one that has no digest."""
         tags, version = dict(found.tags), int(found.version)
         digest = tags.get("digest", "")
-        if len(digest) < 64:
+        if not DIGEST.fullmatch(digest):
             raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, "
                                 "register the draft again")
-        return RegisteredDraft(version, f"{tags.get('label') or f'v{version}'}-{digest[:8]}", digest, found.run_id, self.name, tags,
-                               found.creation_timestamp / 1e3)
+        label = tags.get("label", "")                      # anybody's to write, and part of a path
+        name = label if LABEL.fullmatch(label) else f"v{version}"
+        return RegisteredDraft(version, f"{name}-{digest[:8]}", digest, found.run_id, self.name, tags, found.creation_timestamp / 1e3)
 
     def _verify(self, draft: RegisteredDraft, folder: Path) -> None:
         try:

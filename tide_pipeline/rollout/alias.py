@@ -4,6 +4,7 @@
     challenger                      the version on its way there (challenger.py), or that a person asked for by moving one of them
     mark followed.<alias>           where this module put an alias last: an alias that stands elsewhere was moved by somebody else
     tags request, requested_at      of a version that was asked for: waiting, then what became of it
+    tag requested_for               the workload whose alias was moved; "*" for champion itself
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment
 from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.errors import RegistryError
-from tide_pipeline.registry.registry import Registry
+from tide_pipeline.registry.registry import RegisteredDraft, Registry
 from tide_pipeline.rollout.challenger import CHALLENGER, REQUEST, REQUESTED_AT, WAITING, follow_challenger
 from tide_pipeline.rollout.history import is_under_way
 
 CHAMPION = "champion"
+REQUESTED_FOR = "requested_for"
 FOLLOWED = "followed."
 
 
@@ -61,7 +63,7 @@ def follow_alias(config: TideConfig, registry: Registry, deployment: Deployment)
         alias = alias_name(tag)
         moved_to = _moved_by_somebody(alias, aliases, marks, draft.version)
         if moved_to is not None:
-            _ask_for(registry, alias, moved_to, found)
+            _ask_for(registry, alias, tag, moved_to, found)
         if aliases.get(alias) != draft.version:
             registry.set_alias(alias, draft.version)
         if marks.get(FOLLOWED + alias) != str(draft.version):          # after the alias: a death between the two costs a second look
@@ -76,7 +78,13 @@ def waiting_request(registry: Registry) -> Request | None:
     if not waiting:
         return None
     asked = max(waiting, key=lambda draft: draft.tags.get(REQUESTED_AT, ""))
-    return Request(asked.version, asked.tags.get("workload", "default"), asked.tags.get(REQUESTED_AT, ""))
+    return Request(asked.version, asked_workload(asked), asked.tags.get(REQUESTED_AT, ""))
+
+
+def asked_workload(draft: RegisteredDraft) -> str:
+    """What a version is judged on: the workload whose alias was moved to it, else the one that it was trained for."""
+    asked = draft.tags.get(REQUESTED_FOR, "") if draft.tags.get(REQUEST) == WAITING else ""
+    return asked if asked not in ("", ANY_WORKLOAD) else draft.tags.get("workload", "default")
 
 
 def answer_request(registry: Registry, version: int, answer: str) -> None:
@@ -96,11 +104,11 @@ def _moved_by_somebody(alias: str, aliases: Mapping[str, int], marks: Mapping[st
     return now if now is not None and put is not None and str(now) != put and now != served else None
 
 
-def _ask_for(registry: Registry, alias: str, version: int, found: Followed) -> None:
+def _ask_for(registry: Registry, alias: str, tag: str, version: int, found: Followed) -> None:
     """Before the alias goes back: a death between the two finds it moved again. A version that can't be read is refused."""
     try:
         registry.get(version)
-        registry.tag(version, {REQUEST: WAITING, REQUESTED_AT: f"{time.time():.3f}"})
+        registry.tag(version, {REQUESTED_FOR: tag, REQUEST: WAITING, REQUESTED_AT: f"{time.time():.3f}"})
         registry.set_alias(CHALLENGER, version)
         found.requested[alias] = version
     except RegistryError as error:

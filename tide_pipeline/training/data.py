@@ -130,11 +130,6 @@ def held_out_windows(split: WindowSplit, per_workload: int) -> list[SignalWindow
     return chosen
 
 
-def read_held_out(split: WindowSplit, head: TargetHead, per_workload: int) -> list[WindowStates]:
-    """States of those windows."""
-    return read_fitting(held_out_windows(split, per_workload), head)
-
-
 def read_fitting(windows: Sequence[SignalWindow], head: TargetHead) -> list[WindowStates]:
     """States of windows, oldest first, without those that do not fit the engine."""
     found = [states for states in read_states(windows) if not misfit(states, head)]
