@@ -217,7 +217,7 @@ def test_an_early_life_grows_with_the_log(config: TideConfig, monkeypatch: pytes
     log(config, NOON - 2 * HOUR_S, 2, 150.0)
     for look in range(6):
         clock.time = lambda look=look: NOON + (look + 1) * HOUR_S
-        log(config, NOON + look * HOUR_S, 1, 1500.0, workload="rare", accepted=(10 + look, 5, 1))
+        log(config, NOON + look * HOUR_S, 1, 1500.0, workload="rare", accepted=(20 + look, 5, 1))
         log(config, NOON + look * HOUR_S, 1, 300.0)
         life = early_life(config, "v1", None)
         assert life == at_once(config, "v1", monkeypatch), look
