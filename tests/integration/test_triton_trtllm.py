@@ -67,6 +67,7 @@ def on_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     write_stand_in(folder, "1.3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("STAND_IN_PASS_S", "0.005")
         yield
 
 
