@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from tide_pipeline.capture import names
 from tide_pipeline.capture.writer import LakeWriter
 from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import AcceptanceRow, Deployment, EngineBuild
@@ -14,6 +20,7 @@ from tide_pipeline.deployment.builds import build_dir, save_build
 from tide_pipeline.deployment.record import DeploymentRecord
 
 TARGET = "pocket"
+_order = itertools.count(1)
 
 
 def config_in(folder: Path, **drift: object) -> TideConfig:
@@ -52,11 +59,19 @@ def traffic(rng: random.Random, begin: float, end: float, rate: float, *, reques
 
 
 def write_log(config: TideConfig, rows: Iterable[AcceptanceRow], *, target: str = TARGET) -> None:
-    """One shard, or as many as the writer makes."""
-    writer = LakeWriter(CaptureSettings(flush_s=3600.0), target, config.state.lake, "replica-0")
-    for row in rows:
-        assert writer.offer_row(row)
-    writer.close()
+    """One shard, or as many as the writer makes; named as if written when its last row was closed.
+
+    Not now: `NOW` of a test's module may be a quarter of an hour ago when the test comes, and the log is read for rows no later than that.
+    """
+    rows = list(rows)
+    last = max((row.time for row in rows), default=0.0)
+    with pytest.MonkeyPatch.context() as then:
+        if vars(names)["time"] is time and time.time() - 3600 < last < time.time():
+            then.setattr(names, "time", SimpleNamespace(time_ns=lambda: int(last * 1e9) + next(_order), time=time.time))
+        writer = LakeWriter(CaptureSettings(flush_s=3600.0), target, config.state.lake, "replica-0")
+        for row in rows:
+            assert writer.offer_row(row)
+        writer.close()
 
 
 def write_build(config: TideConfig, build_id: str, version: str, **warmup: float) -> EngineBuild:
