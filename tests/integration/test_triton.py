@@ -123,7 +123,7 @@ def test_management_endpoints_are_closed(client: TritonClient) -> None:
 def test_a_full_queue_is_503_and_serving_goes_on(client: TritonClient) -> None:
     def one(i: int) -> str:
         try:
-            return client.generate(ask(f"crowd-{i}", "hello world", max_tokens=200, ignore_eos=True)).finish_reason
+            return client.generate(ask(f"crowd-{i}", "hello world", max_tokens=450, ignore_eos=True)).finish_reason
         except QueueFull:
             return "full"
 
