@@ -89,6 +89,13 @@ def test_whoever_reads_two_hours_of_slots_has_the_rule_as_it_runs(name: str) -> 
     assert any(fired for fired, _ in spoken) and not all(fired for fired, _ in spoken)
 
 
+def test_slots_without_a_draft_are_no_baseline_and_no_error() -> None:
+    """Speculation may be off when the period begins: no request drafted then."""
+    running = Running("judge", DriftSettings(), CaptureSettings())
+    assert not running.update(Slot(5.0, 0, 0, 0, 0.0, 0.0, 0.0, tokens=50, steps=50))
+    assert running.says == "no baseline yet"
+
+
 def test_a_rule_that_nobody_fed_for_hours_begins_anew() -> None:
     running = Running("paper", DriftSettings(), CaptureSettings(), PROMOTED)
     early = slots((0.75, 200))

@@ -105,6 +105,8 @@ class Running:
 
     def _calibrate(self, slot: Slot) -> None:
         self._first.add(slot)
+        if not self._first.drafted:                        # probes are rare where drafts are off
+            return
         estimate, steps = self._first.estimate(), baseline_steps(self._drift)
         if any(is_settled(estimate, steps, times) for times in TIMES):
             self._baseline = estimate
