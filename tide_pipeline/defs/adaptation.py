@@ -24,6 +24,7 @@ from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError
 from tide_pipeline.provenance import write_json
+from tide_pipeline.rollout.history import build_serving, rest_of
 
 T = TypeVar("T")
 
@@ -109,6 +110,5 @@ def served_key(config: TideConfig, workload: str) -> str:
 def served_build(config: TideConfig, workload: str) -> EngineBuild | None:
     """The build that serves a workload now; None when nothing is deployed, or no draft for it. Raises BuildError when it was altered."""
     latest = DeploymentRecord(config.state.deployments, config.target).latest()
-    rest = latest.groups["rest"] if latest is not None else {}
-    build_id = rest.get(workload) or rest.get(ANY_WORKLOAD)
+    build_id = build_serving(rest_of(latest), workload)
     return load_build(config.state.builds, config.target, build_id) if build_id else None

@@ -63,7 +63,8 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
     engine.start()
     tags = [PLAIN, *builds]
     bench = Bench({tag: [] for tag in tags}, {tag: Equivalence() for tag in (tags if checked is None else checked)})
-    several, rest = prompts[:timed], prompts[len(prompts[:timed]) : gate.equivalence_prompts]
+    several = prompts[:timed]
+    rest = prompts[len(several) : gate.equivalence_prompts]
     first = [*rest, *several][: max(2, len(several) // 4)]
     run = partial(_run, engine, tokens=gate.bench_tokens, temperature=temperature, mode=mode)
     try:

@@ -87,19 +87,10 @@ def keep(registry: Registry, run_id: str) -> None:
 
 def _versions(registry: Registry) -> tuple[tuple[RegisteredDraft, ...], set[str]]:
     """Ours, oldest first, and the runs behind versions that somebody made of something else."""
-    ours: list[RegisteredDraft] = []
-    foreign, token = set[str](), None
     with registry.talking("read"):
-        while True:
-            page = registry.client.search_model_versions(f"name = '{registry.name}'", max_results=200, page_token=token)
-            for version in page:
-                if len(version.tags.get("digest", "")) == 64:
-                    ours.append(registry.read(version))
-                else:
-                    foreign.add(version.run_id)
-            token = page.token
-            if not token:
-                return tuple(sorted(ours, key=lambda draft: draft.version)), foreign
+        found = list(registry.versions(f"name = '{registry.name}'"))
+        ours = sorted((registry.read(version) for version in found if registry.is_ours(version)), key=lambda draft: draft.version)
+    return tuple(ours), {version.run_id for version in found if not registry.is_ours(version)}
 
 
 def _runs(registry: Registry) -> Iterator[Run]:

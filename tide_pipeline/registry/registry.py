@@ -207,20 +207,28 @@ class Registry:
         return found[0] if found else None
 
     def _search(self, query: str) -> Sequence[RegisteredDraft]:
-        found: Sequence[RegisteredDraft] = ()
+        return sorted((self.read(version) for version in self.versions(query)), key=lambda draft: draft.version)
+
+    def versions(self, query: str) -> Iterator[ModelVersion]:
+        """As MLflow has them, whoever made them."""
         token = None
         while True:
             page = self.client.search_model_versions(query, max_results=200, page_token=token)
-            found = [*found, *(self.read(version) for version in page)]
+            yield from page
             token = page.token
             if not token:
-                return sorted(found, key=lambda draft: draft.version)
+                return
+
+    @staticmethod
+    def is_ours(found: ModelVersion) -> bool:
+        """Whether `tide register` made it: nobody else says what its bytes are."""
+        return DIGEST.fullmatch(found.tags.get("digest", "")) is not None
 
     def read(self, found: ModelVersion) -> RegisteredDraft:
         """MLflow's version as ours. Raises RegistryError for one that has no digest."""
         tags, version = dict(found.tags), int(found.version)
         digest = tags.get("digest", "")
-        if not DIGEST.fullmatch(digest):
+        if not self.is_ours(found):
             raise RegistryError(f"{self.name} version {version} has no digest tag: it was not made by `tide register`, "
                                 "register the draft again")
         label = tags.get("label", "")                      # anybody's to write, and part of a path

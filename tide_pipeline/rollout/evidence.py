@@ -17,7 +17,7 @@ from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.errors import BuildError, GateNotPassed
 from tide_pipeline.gate.run import load_verdict
 from tide_pipeline.rollout.bake import MIN_SPEED_BLOCKS, Evidence
-from tide_pipeline.rollout.history import new_build_of, rest_of, workload_of
+from tide_pipeline.rollout.history import build_serving, new_build_of, rest_of, workload_of
 from tide_pipeline.rollout.live import ByBatch, Rate, Side, Stretches, error_rise, slowdown, slowdown_since
 from tide_pipeline.rollout.rows import LiveLog, LiveRow
 
@@ -112,7 +112,7 @@ class Watcher:
     def _rollout_of(self, latest: Deployment, began_at: float) -> Rollout:
         workload, rest = workload_of(latest), rest_of(latest)
         return Rollout(began_at, workload, frozenset(latest.groups["canary"]) - {ANY_WORKLOAD}, self.version_of(new_build_of(latest)),
-                       self.version_of(rest.get(workload) or rest.get(ANY_WORKLOAD, "")), frozenset(latest.canary_replicas))
+                       self.version_of(build_serving(rest, workload)), frozenset(latest.canary_replicas))
 
     def _old(self, tally: Tally, new_build: str) -> tuple[Rate | None, str]:
         settings, beside, earlier = self._config.rollout, tally.control.rate(), tally.before.rate()

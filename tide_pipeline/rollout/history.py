@@ -124,6 +124,11 @@ def new_build_of(latest: Deployment) -> str:
     return latest.groups.get("canary", {}).get(workload_of(latest), "")
 
 
+def build_serving(rest: Drafts, workload: str) -> str:
+    """Its own build, or the one for everybody; "" for none."""
+    return rest.get(workload) or rest.get(ANY_WORKLOAD, "")
+
+
 def taken_back(history: Sequence[Deployment], workload: str, build_id: str, since: float) -> Deployment | None:
     """The last record after `since` (Unix seconds) by which a build went that was served, rolled out or proposed for the workload."""
     for before, after in zip(history[-2::-1], history[:0:-1], strict=True):

@@ -13,7 +13,7 @@ from tide_pipeline.deployment.builds import read_build
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import GateNotPassed, RolloutRefused
 from tide_pipeline.gate.run import GateReport, load_report, report_file
-from tide_pipeline.rollout.history import Drafts, rest_of, taken_back
+from tide_pipeline.rollout.history import Drafts, build_serving, rest_of, taken_back
 
 
 def check_standing(config: TideConfig, latest: Deployment | None, build: EngineBuild, workload: str, *, by_person: bool = False) -> None:
@@ -43,7 +43,7 @@ def _check_workload(report: GateReport, rest: Drafts, workload: str) -> None:
 
 
 def _check_champion(config: TideConfig, report: GateReport, rest: Drafts, workload: str) -> None:
-    served = rest.get(workload) or rest.get(ANY_WORKLOAD)
+    served = build_serving(rest, workload)
     champion = read_build(config.state.builds, config.target, served).draft_version if served else ""
     if report.verdict.champion != champion:
         raise GateNotPassed(f"{report.verdict.challenger} passed against {report.verdict.champion or 'no draft'}, and "
