@@ -10,6 +10,7 @@ from soak_loop_judge import Adaptation as Seen
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.defs.adaptation import Adaptation
+from tide_pipeline.defs.split import COLLECTED
 from tide_pipeline.errors import GateNotPassed, StackError, TideError
 from tide_pipeline.gate.run import load_verdict
 from tide_pipeline.stack.runs import RunView
@@ -47,7 +48,7 @@ def seen(config: TideConfig, run: RunView) -> Seen:
         focus_since = folder.request().focus_since
     with contextlib.suppress(TideError, GateNotPassed, TypeError):
         verdict = load_verdict(config, folder.build().build_id)
-    return Seen(run, focus_since, verdict)
+    return Seen(run, focus_since, verdict, folder.marks().get(COLLECTED, 0.0))
 
 
 def _ask(dagster_url: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:

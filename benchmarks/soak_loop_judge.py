@@ -3,8 +3,8 @@
 Sums and rules; starts nothing. Times are Unix seconds.
 
     detect      first shifted request to the moment the sensor's verdict was "drifted"
-    collect     from there until enough was captured and the run was launched
-    launch      the run's creation to its first step        train, register, build, gate     its steps
+    collect     from there until enough was captured: a run is asked for some seconds before that
+    launch      from there to the run's first step          train, register, build, gate     its steps
     roll out    its last step, without the bake             bake        canary record to the next record
     between     what lies between its steps
 """
@@ -49,6 +49,7 @@ class Adaptation:
     run: RunView
     focus_since: float
     verdict: GateVerdict | None    # None: it did not come to the gate
+    collected: float = 0.0         # when enough was captured, as the sensor saw it coming; 0: not known
 
 
 def outcome(turn: Turn, adaptations: Sequence[Adaptation], history: Sequence[Deployment]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def stages(first_sent: float, adaptation: Adaptation, history: Sequence[Deployme
     canary = next((d for d in mine if d.stage == CANARY), None)
     after = next((d for d in mine if canary and d.n > canary.n and began_of(d) == began_of(canary)), None)
     bake = after.created_at - canary.created_at if canary and after else 0.0
-    found = {"detect": seen - first_sent, "collect": run.created - seen, "launch": steps["train"].started - run.created}
+    collected = min(adaptation.collected or run.created, steps["train"].started)
+    found = {"detect": seen - first_sent, "collect": collected - seen, "launch": steps["train"].started - collected}
     found |= {stage: step.ended - step.started for stage, step in steps.items()}
     found["roll out"] -= bake
     found["bake"] = bake

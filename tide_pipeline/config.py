@@ -88,6 +88,7 @@ class DriftSettings:
     min_steps: int = 200               # drafted steps needed in it
     min_drop: float = 0.10             # of first-position acceptance, lower end of the interval
     min_signal_rows: int = 20_000      # captured token rows needed before training starts (N_threshold)
+    linger_s: float = 4.0              # a look that is nearly sure goes on for as long, not to wait for the sensor's next tick; 0 is off
     cooldown_s: float = 60.0           # after an adaptation of the same workload
     max_attempts: int = 3              # per drift episode
     training_hours_per_day: float = 8.0    # adaptations of a target may take together, in any 24 hours; 0 is no limit

@@ -27,7 +27,7 @@ def pocket_cpu() -> TideConfig:
 def pocket_demo() -> TideConfig:
     """`tide demo`: the same with windows short enough to see everything in five minutes."""
     return override(pocket_cpu(), {"state_dir": str(project_root() / ".tide" / "demo"),
-                                   "capture": {"flush_s": 2.0},
+                                   "capture": {"flush_s": 1.0},
                                    "drift": {"recent_s": 25.0, "min_drop": 0.05, "cooldown_s": 30.0},
                                    "rollout": {"mode": "auto"}})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -34,7 +36,7 @@ from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.rollout.history import PAUSED, PINNED, STABLE, held, opened, restored
 
 SETTINGS = {"engine": "pocket", "stack": {"sensor_interval_s": 0},
-            "drift": {"recent_s": 20.0, "min_steps": 100, "min_signal_rows": 60, "cooldown_s": 60.0, "max_attempts": 2}}
+            "drift": {"recent_s": 20.0, "min_steps": 100, "min_signal_rows": 60, "cooldown_s": 60.0, "max_attempts": 2, "linger_s": 0.0}}
 REQUEST_STEPS = 20
 
 
@@ -77,6 +79,9 @@ class Bench:
     def drift(self) -> None:
         self.traffic(0.8, 200.0)
         self.traffic(0.3, 8.0)
+
+    def settings(self, **drift: float) -> None:
+        recipes.freeze(override(self.config, {"drift": drift}), Path(self.tide.config_file))
 
     def run(self, status: dg.DagsterRunStatus, **tags: str) -> dg.DagsterRun:
         job = defs().resolve_job_def("adapt_draft")
@@ -143,6 +148,69 @@ def test_drifted_and_enough_collected_asks_for_a_run(bench: Bench) -> None:
     assert float(tags["drifted_at"]) == pytest.approx(asked["drifted_at"], abs=0.1)
     assert before - 1.0 <= asked["drifted_at"] <= time.time() + 1.0
     dg.validate_run_config(defs().resolve_job_def("adapt_draft"), request.run_config)
+
+
+# --- a look that is nearly sure -------------------------------------------------------------------------------------
+
+def test_a_run_is_asked_for_some_seconds_before_enough_is_collected(bench: Bench) -> None:
+    """The trainer looks some seconds after that; the time from then on is not spent on collecting."""
+    bench.drift()
+    bench.collect(4)
+    (request,) = bench.tick().run_requests or []
+    assert request.run_key == "pocket/code/1/1", "8 of 60 rows are missing, and 52 came in 20 s"
+
+
+def test_a_fall_that_is_not_certain_is_looked_at_again_in_the_same_tick(bench: Bench) -> None:
+    bench.settings(linger_s=30.0)
+    bench.traffic(0.8, 200.0)
+    for rate in (1.0, 0.2):
+        bench.traffic(rate, 9.0 + rate, requests=6)
+    bench.collect(6)
+    with later(lambda: bench.traffic(0.2, 3.0)):
+        assert bench.tick().run_requests
+    assert bench.episode().attempts == 1
+
+
+def test_what_was_certain_once_goes_on_until_it_recovers(bench: Bench) -> None:
+    """The speculation controller stops drafting where nothing is accepted: few steps are left to judge by, of few requests."""
+    bench.drift()
+    assert "only 0 of 60" in why(bench.tick())
+    since = bench.episode().since
+    shutil.rmtree(bench.config.state.acceptance)                         # a minute later
+    bench.traffic(0.8, 200.0)
+    bench.traffic(0.9, 5.0, requests=4)
+    bench.traffic(0.2, 6.0, requests=6)
+    bench.collect(6)
+    (request,) = bench.tick().run_requests or []
+    assert re.search(r"lower end < 0.10.*; it was certain \d+ s ago, and has not recovered", request.tags["tide/reason"])
+    assert request.run_config["ops"]["draft_checkpoint"]["config"]["focus_since"] == since
+
+
+def test_the_last_rows_are_waited_for_in_the_same_tick(bench: Bench) -> None:
+    bench.settings(linger_s=30.0)
+    bench.drift()
+    bench.collect(2)
+    with later(lambda: bench.collect(2)):
+        (request,) = bench.tick().run_requests or []
+    assert request.run_key == "pocket/code/1/1"
+
+
+def test_a_tick_does_not_stay_for_what_is_far_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Healthy, hopeless, held up, or far from enough."""
+    def never(seconds: float) -> None:
+        raise AssertionError("lingered")
+
+    bench.settings(linger_s=30.0, min_signal_rows=60_000)
+    monkeypatch.setattr("tide_pipeline.defs.linger.time.sleep", never)
+    why(bench.tick())
+    bench.traffic(0.8, 200.0)
+    bench.traffic(0.8, 8.0, workload="prose")
+    why(bench.tick())
+    bench.drift()
+    bench.collect(2)
+    assert "only 26 of 60,000" in why(bench.tick())
+    bench.run(dg.DagsterRunStatus.STARTED, target="pocket", workload="code")
+    why(bench.tick())
 
 
 def test_the_surest_drop_goes_first(bench: Bench) -> None:
@@ -378,6 +446,15 @@ def test_invented_workload_tags_leave_nothing_behind(bench: Bench, monkeypatch: 
     assert said.startswith("code: drifted, but only 26 of 60"), "the one with the most traffic is among those judged"
     assert said.endswith("; 5 more workload tags with less traffic left out: are they workloads, or requests?") and len(said) < 4_000
     assert len(asked) < 5 and list(Memory.from_cursor(bench.cursor).episodes) == ["code"]
+
+
+@contextlib.contextmanager
+def later(write: Callable[[], None], after_s: float = 1.0) -> Iterator[None]:
+    """`write` from a thread, while a tick lingers."""
+    timer = threading.Timer(after_s, write)
+    timer.start()
+    yield
+    timer.join()
 
 
 def opened_shards(monkeypatch: pytest.MonkeyPatch) -> list[Stored]:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from tide_pipeline.config import DriftSettings
 from tide_pipeline.contracts import DriftVerdict
-from tide_pipeline.defs.episodes import MOST_KEPT, Episode, Memory, follow, kept, run_key, why_too_few, why_wait
+from tide_pipeline.defs.episodes import (
+    LEAD_S,
+    MOST_KEPT,
+    Episode,
+    Memory,
+    enough_in_s,
+    follow,
+    is_falling,
+    kept,
+    run_key,
+    why_too_few,
+    why_wait,
+)
 
 SETTINGS = DriftSettings(recent_s=60.0, min_signal_rows=20_000, cooldown_s=60.0, max_attempts=3)
 NOW = 1_000_000.0
 DRIFTED = DriftVerdict("pocket", "code", True, True, 0.4, 0.7, 0.3, 0.2, 0.4, 500, 900, "v1", "0.40 against 0.70")
-HEALTHY = dataclasses.replace(DRIFTED, drifted=False)
+HEALTHY = dataclasses.replace(DRIFTED, drifted=False, drop=0.02, drop_low=-0.06, drop_high=0.1)
+FALLING = dataclasses.replace(DRIFTED, drifted=False, drop_low=0.03)             # controlled down to a few drafted steps
 UNSURE = dataclasses.replace(DRIFTED, drifted=False, enough_data=False)
 
 
@@ -29,6 +43,14 @@ def test_recovery_closes_it_and_the_next_drift_is_another_one() -> None:
     assert not closed.is_open
     again = follow(closed, DRIFTED, NOW + 10, SETTINGS)
     assert (again.number, again.attempts, again.since) == (2, 0, NOW - 50.0)
+
+
+def test_a_verdict_that_gets_unsure_again_closes_nothing() -> None:
+    """A draft that is useless is hardly drafted with: its interval widens, whatever its rate."""
+    opened = dataclasses.replace(follow(Episode(), DRIFTED, NOW, SETTINGS), attempts=2)
+    assert follow(opened, FALLING, NOW + 5, SETTINGS) == opened
+    assert follow(Episode(), FALLING, NOW, SETTINGS) == Episode(), "nor does it open any"
+    assert not follow(opened, dataclasses.replace(FALLING, draft_version="v2"), NOW + 5, SETTINGS).is_open
 
 
 def test_a_new_draft_version_begins_a_new_episode() -> None:
@@ -54,7 +76,23 @@ def test_why_a_drifted_workload_waits(episode: Episode, words: str) -> None:
 
 
 def test_a_training_needs_signals() -> None:
-    assert "only 8,100 of 20,000 signal rows" in why_too_few(8_100, SETTINGS) and why_too_few(20_000, SETTINGS) == ""
+    assert "only 8,100 of 20,000 signal rows" in why_too_few(8_100, 900, SETTINGS) and why_too_few(20_000, 0, SETTINGS) == ""
+
+
+def test_what_will_be_there_when_the_trainer_looks_is_enough() -> None:
+    """A run takes seconds to start, in which signals go on coming."""
+    assert enough_in_s(15_000, 6_000, SETTINGS) == 50.0 and enough_in_s(20_000, 0, SETTINGS) == 0.0
+    assert enough_in_s(19_999, 0, SETTINGS) == math.inf
+    nearly = 20_000 - round(LEAD_S * 6_000 / SETTINGS.recent_s)
+    assert why_too_few(nearly, 6_000, SETTINGS) == "" and f"only {nearly - 1:,}" in why_too_few(nearly - 1, 6_000, SETTINGS)
+
+
+@pytest.mark.parametrize(("verdict", "falling"), [
+    (DRIFTED, False), (UNSURE, False), (HEALTHY, False), (FALLING, True),
+    (dataclasses.replace(FALLING, drop=0.09), False), (dataclasses.replace(FALLING, drop=SETTINGS.min_drop), True),
+])
+def test_what_falls_by_its_estimate_may_be_a_drift_in_a_moment(verdict: DriftVerdict, falling: bool) -> None:
+    assert is_falling(verdict, SETTINGS) is falling
 
 
 def test_what_is_remembered_is_bounded() -> None:

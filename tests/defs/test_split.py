@@ -15,8 +15,9 @@ from tide_pipeline.defs.adaptation import Adaptation
 from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.split import split, without_waiting
 from tide_pipeline.stack import stages
+from tide_pipeline.stack.runs import RunView
 
-MARKS = {"drifted": 100.0, "asked": 130.0, "begun": 133.0, "trained": 200.0, "registered": 202.0, "built": 203.5, "judged": 210.0}
+MARKS = {"drifted": 100.0, "collected": 130.0, "begun": 133.0, "trained": 200.0, "registered": 202.0, "built": 203.5, "judged": 210.0}
 
 
 def deployment(n: int, stage: str, at: float, began: int) -> Deployment:
@@ -31,6 +32,26 @@ def test_every_second_is_in_one_stage() -> None:
     found = split(MARKS, ROLLOUT, ROLLOUT[4])
     assert found == {"collect": 30.0, "start": 3.0, "train": 67.0, "register": 2.0, "build": 1.5, "gate": 6.5, "bake": 6.5, "roll out": 5.5}
     assert sum(found.values()) == ROLLOUT[4].created_at - MARKS["drifted"] and without_waiting(found) == 18.5
+
+
+def test_collecting_ends_when_enough_was_captured_and_a_run_may_be_on_its_way_by_then() -> None:
+    waited = split({**MARKS, "collected": 128.0, "asked": 130.0}, ROLLOUT, ROLLOUT[4])
+    assert (waited["collect"], waited["start"]) == (28.0, 5.0), "for the sensor's tick too"
+    ahead = split({**MARKS, "collected": 133.0, "asked": 130.0}, ROLLOUT, ROLLOUT[4])
+    assert (ahead["collect"], ahead["start"]) == (33.0, 0.0)
+    by_hand = {stage: at for stage, at in MARKS.items() if stage not in ("drifted", "collected")}
+    assert split({**by_hand, "asked": 131.0}, ROLLOUT, ROLLOUT[4])["start"] == 2.0
+
+
+def test_what_the_demo_shows_begins_with_the_shift(tmp_path: Path) -> None:
+    run = RunView("r1", "SUCCESS", 130.0, 131.0, 222.0, {stages.DRIFTED_AT: "100.0"}, {})
+    assert stages.detection_of(run, 95.0) == {"detect": 5.0, "collect": 30.0}
+    assert stages.detection_of(run, 104.0) == {"detect": 0.0, "collect": 26.0}, "it was drifting before"
+    assert stages.stages_of(run, tmp_path) == {}
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "r1" / "stages.json").write_text('{"collect": 33.0, "gate": 9}')
+    assert stages.stages_of(run, tmp_path, 95.0) == {"collect": 33.0, "gate": 9.0}
+    assert stages.stages_of(run, tmp_path, 104.0) == {"collect": 29.0, "gate": 9.0}
 
 
 def test_the_tag_that_tells_detection_is_the_one_that_the_sensor_sets() -> None:
@@ -51,9 +72,9 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_marks_outlive_the_step_and_break_nothing(tmp_path: Path) -> None:
     adaptation = Adaptation(tmp_path / "run")
     assert adaptation.marks() == {}
-    adaptation.mark(asked=1.0, begun=2.0)
+    adaptation.mark(collected=1.0, begun=2.0)
     adaptation.mark(begun=3.0)
-    assert adaptation.marks() == {"asked": 1.0, "begun": 3.0}
+    assert adaptation.marks() == {"collected": 1.0, "begun": 3.0}
     (tmp_path / "run" / "marks.json").write_text("[")
     assert adaptation.marks() == {}
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, states_of
 from tide_pipeline.capture.names import SUPERSEDES_KEY, sealed, successor, written_at
-from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, read_states
+from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, reached_at, read_states
 from tide_pipeline.capture.recorder import Recorder
 from tide_pipeline.capture.rows import words_of, write_words
 from tide_pipeline.capture.schema import bf16_tensor
@@ -93,6 +93,19 @@ def test_newest_windows_are_found_by_closing_time_not_by_shard(tmp_path: Path) -
     write(tmp_path, "recent", closed_at=now - 1)
     write(tmp_path, "late shard, old window", closed_at=now - 50)
     assert names(list_windows(tmp_path / "signals", TARGET, max_windows=1).windows) == ["recent"]
+
+
+def test_when_a_workload_had_enough_rows(tmp_path: Path) -> None:
+    now, root = time.time(), tmp_path / "signals"
+    for name, age in (("c", 10.0), ("a", 30.0), ("b", 20.0), ("early", 50.0)):      # 13 rows each
+        write(tmp_path, name, closed_at=now - age)
+    write(tmp_path, "other", workload="code", closed_at=now - 25.0)
+    ask = {"since": now - 40.0, "until": now, "among": 10}
+    assert reached_at(root, TARGET, "prose", 13, **ask) == pytest.approx(now - 30.0)
+    assert reached_at(root, TARGET, "prose", 14, **ask) == pytest.approx(now - 20.0)
+    assert reached_at(root, TARGET, "prose", 39, **ask) == pytest.approx(now - 10.0)
+    assert reached_at(root, TARGET, "prose", 40, **ask) == now, "not yet"
+    assert reached_at(root, TARGET, "prose", 13, **{**ask, "among": 3}) is None, "more than are looked through"
 
 
 def test_since_prunes_partitions_without_opening_them(tmp_path: Path) -> None:

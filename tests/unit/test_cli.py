@@ -125,6 +125,12 @@ def test_errors_are_one_line_and_exit_code_2(words: tuple[str, ...], said: str, 
     assert "Traceback" not in result.output and result.stdout == ""
 
 
+def test_a_file_is_no_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    result = CliRunner().invoke(app, ["status", "--state", str(tmp_path / "a")])
+    assert result.exit_code == 2 and "Invalid value for '--state'" in result.stderr and "Traceback" not in result.output
+
+
 def test_debug_shows_the_traceback(state: StatePaths) -> None:
     assert isinstance(tide("--debug", "config", "--set", "nonsense", state=state).exception, SettingsError)
 

@@ -77,6 +77,8 @@ def test_stages_add_up() -> None:
     found = stages(100.0, Adaptation(run_view(), 110.0, gate(True)), HISTORY, recent_s=25.0)
     assert found == {"detect": 35.0, "collect": 20.0, "launch": 5.0, "train": 90.0, "register": 2.0, "build": 4.0, "gate": 8.0,
                      "roll out": 3.0, "bake": 6.0, "between": 2.0, "total": 175.0, "everything else": 59.0}
+    ahead = stages(100.0, Adaptation(run_view(), 110.0, gate(True), collected=158.0), HISTORY, recent_s=25.0)
+    assert (ahead["collect"], ahead["launch"], ahead["everything else"]) == (23.0, 2.0, 56.0), "the run was asked for before all was there"
     parts = [s for name, s in found.items() if name not in ("total", "everything else")]
     assert sum(parts) == pytest.approx(found["total"])
     assert stages(100.0, Adaptation(run_view(), 110.0, gate(True)), HISTORY[:2], 25.0) == {}       # not stable

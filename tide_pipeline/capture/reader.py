@@ -5,6 +5,7 @@ What shards hold is in index.py. A shard that can't be read is skipped and repor
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
 
 __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_each", "find_again", "identity", "list_windows",
-           "live_shards", "read_states"]
+           "live_shards", "reached_at", "read_states"]
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +159,19 @@ def count_rows_each(signals_root: Root, target: str, since: Mapping[str, float],
         return settled(counted) if since else {}
     except NotEnoughSignals:
         return dict.fromkeys(since, 0)
+
+
+def reached_at(signals_root: Root, target: str, workload: str, rows: int, *, since: float, until: float, among: int) -> float | None:
+    """When captured token rows of `workload`, closed at `since` or later, came to `rows` (Unix seconds); `until` where they did not sooner.
+
+    None where `among` windows or more were captured by then: the oldest of them are not looked for. Raises as list_windows.
+    """
+    found = list_windows(signals_root, target, workloads={workload}, since=since, until=until, max_windows=among).windows
+    if len(found) >= among:
+        return None
+    oldest_first = sorted((window.closed_at, window.num_rows) for window in found)
+    totals = itertools.accumulate(num_rows for _, num_rows in oldest_first)
+    return next((closed_at for (closed_at, _), total in zip(oldest_first, totals, strict=True) if total >= rows), until)
 
 
 def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,

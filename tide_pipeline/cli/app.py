@@ -143,7 +143,7 @@ def shared(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file of settings on top of the recipe.")] = None,
     values: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, as TOML: drift.min_drop=0.2. "
                                                      "Repeatable; `tide config` shows them all.")] = None,
-    state: Annotated[Path | None, typer.Option(metavar="DIR", help="State directory (default: .tide in the checkout). "
+    state: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="State directory (default: .tide in the checkout). "
                                                "Stacks of different directories run side by side.")] = None,
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="Folder under engines/.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,

@@ -1,11 +1,12 @@
 """Look, decide, get out: has acceptance fallen, is enough collected, has nobody begun? Then ask for one adaptation.
 
-Knows where to look; drift/ judges, episodes.py decides.
+Knows where to look; drift/ judges, episodes.py decides. A look that is nearly sure is followed by others in the same tick (linger.py).
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import dagster as dg
 
@@ -14,11 +15,23 @@ from tide_pipeline.config import StackSettings, TideConfig
 from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.budget import why_too_much
 from tide_pipeline.defs.draft import AdaptConfig
-from tide_pipeline.defs.episodes import Episode, Memory, follow, kept, run_key, why_too_few, why_wait
+from tide_pipeline.defs.episodes import (
+    LEAD_S,
+    Episode,
+    Memory,
+    enough_in_s,
+    follow,
+    is_falling,
+    kept,
+    run_key,
+    why_too_few,
+    why_wait,
+)
 from tide_pipeline.defs.held import why_held
 from tide_pipeline.defs.jobs import adapt_draft
 from tide_pipeline.defs.lake import look
 from tide_pipeline.defs.limits import runtime_tags
+from tide_pipeline.defs.linger import linger
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.tags import ATTEMPT, BY_HAND, DRIFTED_AT, EPISODE, REASON, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
@@ -30,32 +43,65 @@ UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.Da
               dg.DagsterRunStatus.CANCELING]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The workload to adapt to now, or why there is none."""
+
+    verdict: DriftVerdict | None
+    why_none: str = ""
+    is_near: bool = False          # what is missing may be there in seconds
+
+
+@dataclass(frozen=True)
+class Seen:
+    """By one look."""
+
+    at: float                      # Unix seconds
+    episodes: Mapping[str, Episode]
+    choice: Choice
+    left_out: str = ""             # what to say of workloads that were not judged
+
+
 @dg.sensor(name="drift_sensor", job=adapt_draft, minimum_interval_seconds=StackSettings().sensor_interval_s,
            default_status=dg.DefaultSensorStatus.RUNNING,
            description="Judges acceptance per workload; launches adapt_draft when it has fallen and enough signals are collected.")
 def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.SensorResult:
-    from tide_pipeline.drift.judge import judge_drift
-
-    config, now = tide.settings(), time.time()
+    config, began = tide.settings(), time.time()
     memory = _remember(context)
-    if 0 <= now - memory.looked_at < config.stack.sensor_interval_s:     # slower than the tick, which is fixed before settings are read
+    if 0 <= began - memory.looked_at < config.stack.sensor_interval_s:   # slower than the tick, which is fixed before settings are read
         return dg.SensorResult(skip_reason=f"looked less than {config.stack.sensor_interval_s} s ago", cursor=context.cursor)
-    verdicts, too_many = busiest(judge_drift(config, now))
-    running = adaptation_under_way(context.instance, config.target)
-    episodes = memory.episodes | {v.workload: _episode(context.instance, memory, v, running, now, config) for v in verdicts}
-    chosen, reason = choose(context.instance, config, verdicts, episodes, now) if running is None else (None, _busy(running))
-    if chosen is not None and (too_much := why_too_much(context.instance, config, now)):
-        reason = f"{chosen.workload}: drifted, but {too_much} ({chosen.reason})"
-        chosen = None
+    episodes = dict(memory.episodes)
+
+    def look_once() -> Seen:
+        seen = see(context.instance, config, episodes)
+        episodes.update(seen.episodes)
+        return seen
+
+    seen = linger(look_once, lambda seen: seen.choice.is_near, lambda: _newest_shards(config, began), config.drift.linger_s)
+    chosen = seen.choice.verdict
     if chosen is not None:
         episode = episodes[chosen.workload]
-        episodes[chosen.workload] = dataclasses.replace(episode, attempts=episode.attempts + 1, last_run=now)
-    is_due = now - memory.observed_at >= OBSERVE_EVERY_S
+        episodes[chosen.workload] = dataclasses.replace(episode, attempts=episode.attempts + 1, last_run=seen.at)
+    is_due = began - memory.observed_at >= OBSERVE_EVERY_S
     return dg.SensorResult(
-        run_requests=[_request(config, chosen, episodes[chosen.workload])] if chosen else [],
-        skip_reason=None if chosen else reason + too_many,
-        cursor=Memory(now, now if is_due else memory.observed_at, kept(episodes, now, config.drift)).to_cursor(),
+        run_requests=[_request(config, chosen, episodes[chosen.workload], seen.at)] if chosen else [],
+        skip_reason=None if chosen else seen.choice.why_none + seen.left_out,
+        cursor=Memory(began, began if is_due else memory.observed_at, kept(episodes, seen.at, config.drift)).to_cursor(),
         asset_events=look(config) if is_due else [])
+
+
+def see(instance: dg.DagsterInstance, config: TideConfig, episodes: Mapping[str, Episode]) -> Seen:
+    """Judge every workload and choose one. Reads the log, runs and the deployment record; changes nothing."""
+    from tide_pipeline.drift.judge import judge_drift
+
+    now = time.time()
+    verdicts, left_out = busiest(judge_drift(config, now))
+    running = adaptation_under_way(instance, config.target)
+    episodes = {**episodes} | {v.workload: _episode(instance, episodes, v, running, now, config) for v in verdicts}
+    choice = choose(instance, config, verdicts, episodes, now) if running is None else Choice(None, _busy(running))
+    if choice.verdict is not None and (too_much := why_too_much(instance, config, now)):
+        choice = Choice(None, f"{choice.verdict.workload}: drifted, but {too_much} ({choice.verdict.reason})")
+    return Seen(now, episodes, choice, left_out)
 
 
 def busiest(verdicts: Sequence[DriftVerdict]) -> tuple[Sequence[DriftVerdict], str]:
@@ -67,29 +113,37 @@ def busiest(verdicts: Sequence[DriftVerdict]) -> tuple[Sequence[DriftVerdict], s
 
 
 def choose(instance: dg.DagsterInstance, config: TideConfig, verdicts: Sequence[DriftVerdict], episodes: Mapping[str, Episode],
-           now: float) -> tuple[DriftVerdict | None, str]:
-    """The workload to adapt to now (the surest, largest drop first), or why there is none. What costs most is asked last."""
+           now: float) -> Choice:
+    """The workload with the surest, largest drop first. What costs most is asked last."""
     ranked = sorted(verdicts, key=lambda v: -v.drop_low)
-    waits = {v.workload: why_wait(episodes[v.workload], now, config.drift) for v in ranked if v.drifted}
+    waits = {v.workload: why_wait(episodes[v.workload], now, config.drift) for v in ranked
+             if v.enough_data and episodes[v.workload].is_open}
     if left := [v for v in ranked if waits.get(v.workload) == ""]:
         latest = DeploymentRecord(config.state.deployments, config.target).latest()
         waits |= {v.workload: why_held(instance, config, latest, v.workload, episodes[v.workload].since) for v in left}
     left = [v for v in left if not waits[v.workload]]
-    rows = _rows(config, {v.workload: episodes[v.workload].since for v in left})
+    is_near = any(is_falling(v, config.drift) and not episodes[v.workload].is_open and not why_wait(episodes[v.workload], now, config.drift)
+                  for v in ranked)
+    since = {v.workload: episodes[v.workload].since for v in left}
+    rows, lately = _rows(config, since), _rows(config, {w: max(begin, now - config.drift.recent_s) for w, begin in since.items()})
     served: dict[str, float] | None = None                               # read once, and only when something may be begun
     for verdict in left:
-        wait = why_too_few(rows[verdict.workload], config.drift)
-        if not wait:
+        collected = rows[verdict.workload], lately[verdict.workload]
+        wait = why_too_few(*collected, config.drift)
+        if wait:
+            is_near |= enough_in_s(*collected, config.drift) <= LEAD_S + config.drift.linger_s
+        else:
             served = served if served is not None else _served(config, now)
             wait = _why_not_worth(config, verdict, served)
         if not wait:
-            return verdict, ""
+            return Choice(verdict)
         waits[verdict.workload] = wait
-    return None, _told(ranked, waits) or f"no request of {config.target} was answered lately: nothing to judge"
+    return Choice(None, _told(ranked, waits) or f"no request of {config.target} was answered lately: nothing to judge", is_near)
 
 
 def _told(ranked: Sequence[DriftVerdict], waits: Mapping[str, str]) -> str:
-    told = [f"{v.workload}: {waits[v.workload]} ({v.reason})" if v.drifted else f"{v.workload}: {v.reason}" for v in ranked[:MOST_TOLD]]
+    told = [f"{v.workload}: {waits[v.workload]} ({v.reason})" if v.workload in waits else f"{v.workload}: {v.reason}"
+            for v in ranked[:MOST_TOLD]]
     return "; ".join([*told, f"and {len(ranked) - MOST_TOLD} more that fell less"] if len(ranked) > MOST_TOLD else told)
 
 
@@ -141,9 +195,9 @@ def _remember(context: dg.SensorEvaluationContext) -> Memory:
         return Memory()
 
 
-def _episode(instance: dg.DagsterInstance, memory: Memory, verdict: DriftVerdict, running: dg.DagsterRun | None, now: float,
-             config: TideConfig) -> Episode:
-    before = memory.episodes.get(verdict.workload, Episode())
+def _episode(instance: dg.DagsterInstance, episodes: Mapping[str, Episode], verdict: DriftVerdict, running: dg.DagsterRun | None,
+             now: float, config: TideConfig) -> Episode:
+    before = episodes.get(verdict.workload, Episode())
     episode = dataclasses.replace(follow(before, verdict, now, config.drift), seen=now)
     if episode.is_open and before.number == 0:                           # never seen, or forgotten
         episode = dataclasses.replace(episode, number=1 + last_episode(instance, config.target, verdict.workload))
@@ -155,10 +209,19 @@ def _busy(running: dg.DagsterRun) -> str:
     return f"run {running.run_id[:8]} is {running.status.value.lower()}: {running.tags.get(REASON, BY_HAND)}"
 
 
-def _request(config: TideConfig, verdict: DriftVerdict, episode: Episode) -> dg.RunRequest:
+def _newest_shards(config: TideConfig, now: float) -> list[object]:
+    """Of both datasets: others, once a writer has flushed."""
+    from tide_pipeline.capture.layout import live_shards
+
+    roots = config.state.acceptance, config.state.signals
+    return [live_shards(root, config.target, now - config.drift.recent_s)[-1:] for root in roots]
+
+
+def _request(config: TideConfig, verdict: DriftVerdict, episode: Episode, now: float) -> dg.RunRequest:
     drifted_at = episode.since + config.drift.recent_s
-    asked = AdaptConfig(workload=verdict.workload, reason=verdict.reason, focus_since=episode.since, drifted_at=drifted_at)
+    reason = verdict.reason if verdict.drifted else f"{verdict.reason}; it was certain {now - drifted_at:.0f} s ago, and has not recovered"
+    asked = AdaptConfig(workload=verdict.workload, reason=reason, focus_since=episode.since, drifted_at=drifted_at)
     return dg.RunRequest(
         run_key=run_key(verdict, episode), run_config=dg.RunConfig(ops={"draft_checkpoint": asked}),
-        tags={TARGET: config.target, WORKLOAD: verdict.workload, REASON: verdict.reason, EPISODE: str(episode.number),
+        tags={TARGET: config.target, WORKLOAD: verdict.workload, REASON: reason, EPISODE: str(episode.number),
               DRIFTED_AT: f"{drifted_at:.1f}", ATTEMPT: str(episode.attempts), **runtime_tags(config)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from tide_pipeline.contracts import DriftVerdict, from_dict
 
 MOST_KEPT = 256                    # episodes; the cursor is stored with every tick, and tags of workloads come from clients
 FORGET_S = 86_400.0                # after which an open episode of a workload without traffic is over
+LEAD_S = 5.0                       # from a launch to the trainer's look at what was captured: Dagster's queue and two processes that start
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,14 @@ class Memory:
 
 
 def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftSettings) -> Episode:
-    """Open or close the episode by the verdict; too little data changes nothing."""
+    """Open or close the episode by the verdict; too little data changes nothing.
+
+    Once open it takes a recovery to close it, by the estimate: the worse a draft is, the less the speculation controller drafts, until the
+    interval of a large drop may reach down to none.
+    """
     if episode.is_open and verdict.draft_version != episode.draft_version:
         episode = dataclasses.replace(episode, since=0.0)
-    if not verdict.enough_data:
+    if not verdict.enough_data or (episode.is_open and is_falling(verdict, settings)):
         return episode
     if not verdict.drifted:
         return dataclasses.replace(episode, since=0.0)
@@ -82,9 +88,22 @@ def why_wait(episode: Episode, now: float, settings: DriftSettings) -> str:
     return ""
 
 
-def why_too_few(num_rows: int, settings: DriftSettings) -> str:
-    """What is missing of the signals that a training needs; "" for nothing."""
-    if num_rows < settings.min_signal_rows:
+def is_falling(verdict: DriftVerdict, settings: DriftSettings) -> bool:
+    """By its estimate it is a drift; by its interval it is not one yet, or not any more."""
+    return verdict.enough_data and not verdict.drifted and verdict.drop >= settings.min_drop
+
+
+def enough_in_s(num_rows: int, lately: int, settings: DriftSettings) -> float:
+    """Seconds until a training's signals are there, when they go on coming like those `lately`, in the last `recent_s`; inf for never."""
+    missing = settings.min_signal_rows - num_rows
+    if missing <= 0:
+        return 0.0
+    return missing * settings.recent_s / lately if lately > 0 else math.inf
+
+
+def why_too_few(num_rows: int, lately: int, settings: DriftSettings) -> str:
+    """What is missing of the signals that a training needs; "" when nothing will be by the time the trainer looks."""
+    if enough_in_s(num_rows, lately, settings) > LEAD_S:
         return f"drifted, but only {num_rows:,} of {settings.min_signal_rows:,} signal rows collected yet"
     return ""
 

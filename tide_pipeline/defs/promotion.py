@@ -1,5 +1,6 @@
 """From an engine build to live traffic: benchmark, verdict, rollout. The check is the gate's face; rollout asks the gate again."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,12 +12,13 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine
+from tide_pipeline.defs.drift_sensor import MOST_WINDOWS
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.split import JUDGED, split, without_waiting
+from tide_pipeline.defs.split import BEGUN, COLLECTED, JUDGED, split, without_waiting
 from tide_pipeline.defs.tags import PASSED
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import BuildError, RegistryError
+from tide_pipeline.errors import BuildError, RegistryError, TideError
 
 if TYPE_CHECKING:
     from tide_pipeline.gate.run import GateReport
@@ -101,6 +103,7 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
 
     if deployment.groups["rest"].get(key) != build.build_id:
         raise dg.Failure(f"deployment {deployment.n} does not serve it: {deployment.reason}", allow_retries=False)
+    mark_collected(settings, adaptation)
     stages = split(adaptation.marks(), DeploymentRecord(settings.state.deployments, settings.target).history(), deployment)
     adaptation.save_stages(stages)
     try:
@@ -111,6 +114,19 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
                                           "draft_version": build.draft_version, "reason": deployment.reason,
                                           **{f"{stage.replace(' ', '_')}_s": s for stage, s in stages.items()},
                                           "without_collect_train_bake_s": without_waiting(stages)})
+
+
+def mark_collected(settings: TideConfig, adaptation: Adaptation) -> None:
+    """When what the drift sensor waits for was there: it asks for a run some seconds before. For figures alone."""
+    from tide_pipeline.capture.reader import reached_at
+
+    asked, marks = adaptation.request(), adaptation.marks()
+    if asked.drifted_at and BEGUN in marks:
+        with contextlib.suppress(TideError):
+            reached = reached_at(settings.state.signals, settings.target, asked.workload, settings.drift.min_signal_rows,
+                                 since=asked.focus_since, until=marks[BEGUN], among=MOST_WINDOWS)
+            if reached is not None:
+                adaptation.mark(**{COLLECTED: max(asked.drifted_at, reached)})
 
 
 def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:

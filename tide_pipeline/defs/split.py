@@ -1,7 +1,7 @@
 """Where the time between a drift and the new draft went. Pure: times in, seconds of each stage out.
 
-    collect    from the verdict "drifted" until enough was captured and a run was asked for; 0 where a person asked
-    start      until the trainer was started: Dagster's queue, the run's process
+    collect    from the verdict "drifted" until enough was captured (a run is asked for some seconds before); 0 where a person asked
+    start      until the trainer was started: the sensor's tick, Dagster's queue, the run's process; 0 where all that was over by then
     train, register, build, gate
     bake       the canary on live traffic: as long as the settings say
     roll out   the rest until the last replica was told, waits between the steps included
@@ -17,7 +17,8 @@ from tide_pipeline.contracts import Deployment
 from tide_pipeline.rollout.history import CANARY, began_of
 
 DRIFTED, ASKED, BEGUN, TRAINED, REGISTERED, BUILT, JUDGED = "drifted", "asked", "begun", "trained", "registered", "built", "judged"
-STAGES = (("collect", DRIFTED, ASKED), ("start", ASKED, BEGUN), ("train", BEGUN, TRAINED), ("register", TRAINED, REGISTERED),
+COLLECTED = "collected"            # worked out afterwards; without a drift it is when the run was asked for
+STAGES = (("collect", DRIFTED, COLLECTED), ("start", COLLECTED, BEGUN), ("train", BEGUN, TRAINED), ("register", TRAINED, REGISTERED),
           ("build", REGISTERED, BUILT), ("gate", BUILT, JUDGED))
 
 
@@ -26,6 +27,7 @@ def split(marks: Mapping[str, float], history: Sequence[Deployment], end: Deploy
 
     `history`: the deployment record; `end`: the one that ended the rollout.
     """
+    marks = {COLLECTED: marks[ASKED], **marks} if ASKED in marks else marks
     found = {stage: marks[b] - marks[a] for stage, a, b in STAGES if a in marks and b in marks}
     rollout = [deployment for deployment in history if began_of(deployment) == began_of(end) and deployment.n <= end.n]
     baked = next((b.created_at - a.created_at for a, b in itertools.pairwise(rollout) if a.stage == CANARY), 0.0)

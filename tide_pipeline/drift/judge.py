@@ -63,7 +63,7 @@ def _decided(low: float, settings: DriftSettings, said: Said | None) -> str:
     if said is not None:
         return f"{said.policy} {'fires' if said.has_fired else 'is quiet'}, {said.why}"
     return (f"lower end {'>=' if low >= settings.min_drop else '<'} {settings.min_drop:.2f}"
-            + ("; a real drop, too small to act on yet" if 0 < low < settings.min_drop else ""))
+            + ("; a real drop, not surely a large one" if 0 < low < settings.min_drop else ""))
 
 
 def _lacking(recent: RateEstimate | None, baseline: RateEstimate | None, so_far: int, settings: DriftSettings, version: str) -> str:

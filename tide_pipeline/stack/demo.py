@@ -88,6 +88,7 @@ class Demo:
     stages_s: dict[str, float] = field(default_factory=dict)
     verdict: DriftVerdict | None = None
     run: RunView | None = None
+    shifted_at: float = 0.0
     marks: list[tuple[float, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,11 +105,11 @@ class Demo:
         self._phase(f"healthy: {plan.healthy}")
         self._send(healthy[n : n + plan.warm_requests], plan.concurrency)
         self._measure("healthy", healthy[:n])
-        shifted_at = time.time()
+        self.shifted_at = time.time()
         self._phase(f"shifted: {plan.healthy} → {plan.shifted}")
         self._measure("shifted", shifted[:n])
         self._until_launched(shifted[2 * n :])
-        self.stages_s |= detection_of(self.run, shifted_at)
+        self.stages_s |= detection_of(self.run, self.shifted_at)
         self._phase("adapting")
         self._until_adapted(shifted[2 * n :])
         self._phase("adapted")
@@ -196,7 +197,7 @@ class Demo:
         version = self._observed_version()
         if deployed is None or not version.startswith("v"):
             raise StageFailed(f"roll out: the run succeeded, but the replica serves {version}")
-        self.stages_s |= stages_of(self.run, self.config.state.training)
+        self.stages_s |= stages_of(self.run, self.config.state.training, self.shifted_at)
         self.marks.append((deployed.created_at, f"{version} live"))
         self.say(f"  live: {version} (deployment {deployed.n}: {deployed.reason})")
 

@@ -22,10 +22,12 @@ def detection_of(run: RunView | None, shifted_at: float) -> dict[str, float]:
     return {"detect": drifted_at - shifted_at, "collect": run.created - drifted_at}
 
 
-def stages_of(run: RunView | None, training: Path) -> dict[str, float]:
-    """Seconds by stage of a run whose draft is live, the bake apart; {} where it left none."""
+def stages_of(run: RunView | None, training: Path, shifted_at: float = 0.0) -> dict[str, float]:
+    """Seconds by stage of a run whose draft is live, the bake apart; {} where it left none. Collecting begins with the shift."""
     with contextlib.suppress(OSError, ValueError):
         if run is not None:
             found: dict[str, float] = json.loads((training / run.run_id / "stages.json").read_text())
-            return {stage: float(seconds) for stage, seconds in found.items() if stage != "collect"}
+            if "collect" in found:
+                found["collect"] -= max(0.0, shifted_at - float(run.tags.get(DRIFTED_AT, shifted_at)))
+            return {stage: float(seconds) for stage, seconds in found.items()}
     return {}
