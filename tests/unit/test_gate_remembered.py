@@ -50,32 +50,32 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_only_what_is_new_is_replayed_to_the_same_numbers(tmp_path: Path, target: Target, draft: Eagle3Draft, windows: list[WindowStates],
                                                           replayed: list[str]) -> None:
     memory = Remembered.open(tmp_path / "replays.json", "aa", target.digest, 3)
-    memory.replay(draft, target, windows[:5])
+    memory.replay(lambda: draft, target, windows[:5])
     memory.save(w.window for w in windows[:5])
     again = Remembered.open(tmp_path / "replays.json", "aa", target.digest, 3)
     replayed.clear()
     moved = [dataclasses.replace(w, window=dataclasses.replace(w.window, uri="elsewhere", row=99)) for w in windows]
-    assert again.replay(draft, target, moved) == list(replay(draft, target, windows, 3))
+    assert again.replay(lambda: draft, target, moved) == list(replay(draft, target, windows, 3))
     assert replayed == [w.window.request_id for w in windows[5:]]
 
 
 def test_another_label_counts_as_it_is_called_now(tmp_path: Path, target: Target, draft: Eagle3Draft, windows: list[WindowStates]) -> None:
     """Windows from before the drift are a workload of their own: that is decided when the gate asks."""
     memory = Remembered.open(None, "aa", target.digest, 3)
-    before = memory.replay(draft, target, windows)
+    before = memory.replay(lambda: draft, target, windows)
     earlier = [dataclasses.replace(w, window=dataclasses.replace(w.window, workload="py (earlier)")) for w in windows]
-    assert memory.replay(draft, target, earlier) == [dataclasses.replace(one, workload="py (earlier)") for one in before]
+    assert memory.replay(lambda: draft, target, earlier) == [dataclasses.replace(one, workload="py (earlier)") for one in before]
 
 
 @pytest.mark.parametrize("other", [("bb", 3), ("aa", 4)])
 def test_another_draft_or_draft_length_knows_nothing(tmp_path: Path, target: Target, draft: Eagle3Draft, windows: list[WindowStates],
                                                      replayed: list[str], other: tuple[str, int]) -> None:
     memory = Remembered.open(tmp_path / "replays.json", "aa", target.digest, 3)
-    memory.replay(draft, target, windows)
+    memory.replay(lambda: draft, target, windows)
     memory.save(w.window for w in windows)
     replayed.clear()
     digest, draft_length = other
-    found = Remembered.open(tmp_path / "replays.json", digest, target.digest, draft_length).replay(draft, target, windows)
+    found = Remembered.open(tmp_path / "replays.json", digest, target.digest, draft_length).replay(lambda: draft, target, windows)
     assert len(replayed) == len(windows) and found == list(replay(draft, target, windows, draft_length))
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_file_knows_nothing(tmp_path: Path, text: str) -> None:
 def test_the_file_holds_no_request_and_forgets_what_is_not_judged_on(tmp_path: Path, target: Target, draft: Eagle3Draft,
                                                                      windows: list[WindowStates]) -> None:
     memory = Remembered.open(tmp_path / "replays.json", "aa", target.digest, 3)
-    memory.replay(draft, target, windows)
+    memory.replay(lambda: draft, target, windows)
     memory.save(w.window for w in windows[:2])
     text = (tmp_path / "replays.json").read_text()
     assert len(json.loads(text)["walks"]) == 2

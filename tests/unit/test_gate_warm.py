@@ -46,13 +46,25 @@ def test_both_drafts_warm_up_alike_and_the_rest_comes_last(tiny_dir: Path, build
     assert Counter(tag for tag, _, _ in before) == {"challenger": 2, "champion": 2}
     assert {prompt for tag, prompt, _ in before if tag == "challenger"} == {prompt for tag, prompt, _ in before if tag == "champion"}
     assert [tag for tag, _, _ in after] == ["challenger"] * 4, "what is only checked can't warm anybody up"
-    assert Counter(tag for tag, _, _ in seen) == {PLAIN: 4, "challenger": 10, "champion": 6}, "each prompt is run once by who is checked"
+    assert Counter(tag for tag, _, _ in seen) == {PLAIN: 2, "challenger": 10, "champion": 6}, "each prompt is run once by who is checked"
     assert found.equivalence["challenger"].compared == 10 * 6 and found.equivalence["challenger"].mismatches == 0
 
 
 def test_with_nothing_but_timed_prompts_these_warm_up(tiny_dir: Path, builds: dict[str, EngineBuild],
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     _, seen = bench(tiny_dir, builds, monkeypatch, PROMPTS[:4])
-    assert Counter((tag, timed) for tag, _, timed in seen) == {("challenger", False): 2, ("champion", False): 2, (PLAIN, True): 4,
+    assert Counter((tag, timed) for tag, _, timed in seen) == {("challenger", False): 2, ("champion", False): 2, (PLAIN, True): 2,
                                                                ("challenger", True): 4, ("champion", True): 4}
     assert not any(timed for _, _, timed in seen[:4])
+
+
+def test_plain_decoding_is_timed_on_half_the_prompts_of_two_drafts_and_on_all_of_one(tiny_dir: Path, builds: dict[str, EngineBuild],
+                                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    found, seen = bench(tiny_dir, builds, monkeypatch, PROMPTS[:4])
+    order = [(tag, PROMPTS.index(prompt)) for tag, prompt, timed in seen if timed]
+    assert order[:3] == [(PLAIN, 0), ("challenger", 0), ("champion", 0)] and order[-3:] == [("champion", 3), ("challenger", 3), (PLAIN, 3)]
+    first, second, third, fourth = found.runs[PLAIN]
+    assert second is first and third is fourth and first is not fourth, "the nearest stands in"
+    assert found.equivalence["challenger"].compared == 4 * 6, "whatever was not decoded plainly is checked by a pass"
+    alone, seen = bench(tiny_dir, {"challenger": builds["challenger"]}, monkeypatch, PROMPTS[:4])
+    assert Counter(tag for tag, _, timed in seen if timed) == {PLAIN: 4, "challenger": 4} and len(set(map(id, alone.runs[PLAIN]))) == 4

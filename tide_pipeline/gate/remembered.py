@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +50,10 @@ class Remembered:
     def __contains__(self, window: SignalWindow) -> bool:
         return _name(window) in self.walks
 
-    def replay(self, draft: Eagle3Draft, head: Head, states: Sequence[WindowStates]) -> list[Replay]:
-        """As training/acceptance.py's `replay`, in the order of `states`; only windows that are not known cost anything."""
-        new = [s for s in states if s.window not in self]
-        self.walks |= {_name(s.window): (one.steps, one.accepted) for s, one in replay_windows(draft, head, new, self.draft_length)}
+    def replay(self, draft: Callable[[], Eagle3Draft], head: Head, states: Sequence[WindowStates]) -> list[Replay]:
+        """As training/acceptance.py's `replay`, in the order of `states`; only windows that are not known cost anything, and the draft."""
+        if new := [s for s in states if s.window not in self]:
+            self.walks |= {_name(s.window): (one.steps, one.accepted) for s, one in replay_windows(draft(), head, new, self.draft_length)}
         known = ((s.window, s.num_rows, *self.walks[_name(s.window)]) for s in states if s.window in self)
         return [Replay(w.prompt_digest, w.workload, w.temperature, steps, accepted, rows) for w, rows, steps, accepted in known]
 
@@ -81,7 +81,7 @@ def remember(config: TideConfig, champion: EngineBuild, file: Path, *, workload:
     windows = windows_to_judge_on(config, head, workload, focus_since)
     states = read_fitting([w for w in windows if w not in memory], head)
     if states:
-        memory.replay(load_built(head, champion), head, states)
+        memory.replay(lambda: load_built(head, champion), head, states)
         memory.save(windows)
     return len(states)
 

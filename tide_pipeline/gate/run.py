@@ -137,7 +137,7 @@ def _offline(config: TideConfig, head: TargetHead, states: Sequence[WindowStates
     new, length = load_built(head, challenger), config.gate.draft_length
     if champion:
         known = Remembered.open(replays, champion.draft_digest, head.digest, length)
-        before = known.replay(load_built(head, champion), head, states)
+        before = known.replay(lambda: load_built(head, champion), head, states)
     else:
         before = list(replay(_silent(new), head, states, length))
     return compare(before, replay(new, head, states, length), config.gate, workload)
