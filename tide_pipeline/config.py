@@ -88,7 +88,7 @@ class DriftSettings:
     min_steps: int = 200               # drafted steps needed in it
     min_drop: float = 0.10             # of first-position acceptance, lower end of the interval
     min_signal_rows: int = 20_000      # captured token rows needed before training starts (N_threshold)
-    linger_s: float = 4.0              # a look that is nearly sure goes on for as long, not to wait for the sensor's next tick; 0 is off
+    linger_s: float = 4.0              # a look that is nearly sure is followed by others for as long, in the same tick; below 5, 0 is off
     cooldown_s: float = 60.0           # after an adaptation of the same workload
     max_attempts: int = 3              # per drift episode
     training_hours_per_day: float = 8.0    # adaptations of a target may take together, in any 24 hours; 0 is no limit
@@ -98,6 +98,8 @@ class DriftSettings:
     def __post_init__(self) -> None:
         if self.policy not in DRIFT_POLICIES:
             raise SettingsError(f"settings.drift.policy: no policy {self.policy!r}: choose from {', '.join(DRIFT_POLICIES)}")
+        if not 0.0 <= self.linger_s < 5.0:
+            raise SettingsError(f"settings.drift.linger_s: {self.linger_s:g} is not between 0 and 5: Dagster's next tick comes after 5 s")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class GateSettings:
     min_prompts: int = 8               # different held-out ones; a workload with fewer is not judged
     bootstrap: int = 1_000
     bench_prompts: int = 8
-    bench_tokens: int = 48
+    bench_tokens: int = 32             # of each; more tokens of the same prompts tell little more (docs/LOG.md)
     min_speedup_ratio: float = 1.0     # challenger's tokens/s over champion's, median
     equivalence_prompts: int = 16
     epsilon: float = 1e-4              # logit gap below which two tokens count as tied in fp32; in bf16 see gate/equivalence.py

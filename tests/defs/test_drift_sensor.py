@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
@@ -160,14 +159,14 @@ def test_a_run_is_asked_for_some_seconds_before_enough_is_collected(bench: Bench
     assert request.run_key == "pocket/code/1/1", "8 of 60 rows are missing, and 52 came in 20 s"
 
 
-def test_a_fall_that_is_not_certain_is_looked_at_again_in_the_same_tick(bench: Bench) -> None:
-    bench.settings(linger_s=30.0)
+def test_a_fall_that_is_not_certain_is_looked_at_again_in_the_same_tick(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.settings(linger_s=4.0)
     bench.traffic(0.8, 200.0)
-    for rate in (1.0, 0.2):
-        bench.traffic(rate, 9.0 + rate, requests=6)
+    for rate in (0.8, 0.4):
+        bench.traffic(rate, 9.0 + rate, requests=8)
     bench.collect(6)
-    with later(lambda: bench.traffic(0.2, 3.0)):
-        assert bench.tick().run_requests
+    meanwhile(monkeypatch, lambda: bench.traffic(0.2, 3.0))
+    assert bench.tick().run_requests
     assert bench.episode().attempts == 1
 
 
@@ -186,22 +185,35 @@ def test_what_was_certain_once_goes_on_until_it_recovers(bench: Bench) -> None:
     assert request.run_config["ops"]["draft_checkpoint"]["config"]["focus_since"] == since
 
 
-def test_the_last_rows_are_waited_for_in_the_same_tick(bench: Bench) -> None:
-    bench.settings(linger_s=30.0)
+def test_the_last_rows_are_waited_for_in_the_same_tick(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.settings(linger_s=4.0)
     bench.drift()
-    bench.collect(2)
-    with later(lambda: bench.collect(2)):
-        (request,) = bench.tick().run_requests or []
+    bench.collect(3)
+    meanwhile(monkeypatch, lambda: bench.collect(2))
+    (request,) = bench.tick().run_requests or []
     assert request.run_key == "pocket/code/1/1"
+
+
+def test_what_stays_unsure_is_not_stayed_for_tick_after_tick(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.settings(linger_s=4.0)
+    bench.traffic(0.8, 200.0)
+    for rate in (0.8, 0.4):
+        bench.traffic(rate, 9.0 + rate, requests=8)
+    sleeps = meanwhile(monkeypatch, lambda: None)
+    counts = []
+    for _ in range(5):
+        assert "lower end < 0.10" in why(bench.tick())
+        counts.append(len(sleeps))
+    assert counts[0] > 0 and counts[2] == 3 * counts[0] and counts[4] == counts[2]
+    bench.traffic(0.8, 1.0, requests=60)
+    why(bench.tick())
+    assert Memory.from_cursor(bench.cursor).lingered == 0
 
 
 def test_a_tick_does_not_stay_for_what_is_far_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Healthy, hopeless, held up, or far from enough."""
-    def never(seconds: float) -> None:
-        raise AssertionError("lingered")
-
-    bench.settings(linger_s=30.0, min_signal_rows=60_000)
-    monkeypatch.setattr("tide_pipeline.defs.linger.time.sleep", never)
+    bench.settings(linger_s=4.0, min_signal_rows=60_000)
+    sleeps = meanwhile(monkeypatch, lambda: None)
     why(bench.tick())
     bench.traffic(0.8, 200.0)
     bench.traffic(0.8, 8.0, workload="prose")
@@ -211,6 +223,7 @@ def test_a_tick_does_not_stay_for_what_is_far_away(bench: Bench, monkeypatch: py
     assert "only 26 of 60,000" in why(bench.tick())
     bench.run(dg.DagsterRunStatus.STARTED, target="pocket", workload="code")
     why(bench.tick())
+    assert sleeps == []
 
 
 def test_the_surest_drop_goes_first(bench: Bench) -> None:
@@ -448,13 +461,17 @@ def test_invented_workload_tags_leave_nothing_behind(bench: Bench, monkeypatch: 
     assert len(asked) < 5 and list(Memory.from_cursor(bench.cursor).episodes) == ["code"]
 
 
-@contextlib.contextmanager
-def later(write: Callable[[], None], after_s: float = 1.0) -> Iterator[None]:
-    """`write` from a thread, while a tick lingers."""
-    timer = threading.Timer(after_s, write)
-    timer.start()
-    yield
-    timer.join()
+def meanwhile(monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]) -> list[float]:
+    """`write` when a tick first waits; the waits, which pass at once."""
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        if len(sleeps) == 1:
+            write()
+
+    monkeypatch.setattr("tide_pipeline.defs.linger.time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(sleeps)))
+    return sleeps
 
 
 def opened_shards(monkeypatch: pytest.MonkeyPatch) -> list[Stored]:

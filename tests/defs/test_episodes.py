@@ -12,10 +12,12 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.episodes import (
     LEAD_S,
     MOST_KEPT,
+    UNSURE_S,
     Episode,
     Memory,
     enough_in_s,
     follow,
+    is_close,
     is_falling,
     kept,
     run_key,
@@ -33,8 +35,8 @@ UNSURE = dataclasses.replace(DRIFTED, drifted=False, enough_data=False)
 
 def test_an_episode_opens_with_the_judged_window() -> None:
     opened = follow(Episode(), DRIFTED, NOW, SETTINGS)
-    assert opened == Episode(number=1, since=NOW - 60.0, draft_version="v1")
-    assert follow(opened, DRIFTED, NOW + 5, SETTINGS) == opened
+    assert opened == Episode(number=1, since=NOW - 60.0, certain=NOW, draft_version="v1")
+    assert follow(opened, DRIFTED, NOW + 5, SETTINGS) == dataclasses.replace(opened, certain=NOW + 5)
 
 
 def test_recovery_closes_it_and_the_next_drift_is_another_one() -> None:
@@ -50,6 +52,7 @@ def test_a_verdict_that_gets_unsure_again_closes_nothing() -> None:
     opened = dataclasses.replace(follow(Episode(), DRIFTED, NOW, SETTINGS), attempts=2)
     assert follow(opened, FALLING, NOW + 5, SETTINGS) == opened
     assert follow(Episode(), FALLING, NOW, SETTINGS) == Episode(), "nor does it open any"
+    assert not follow(opened, FALLING, NOW + UNSURE_S, SETTINGS).is_open, "nothing was certain for ten minutes"
     assert not follow(opened, dataclasses.replace(FALLING, draft_version="v2"), NOW + 5, SETTINGS).is_open
 
 
@@ -76,23 +79,32 @@ def test_why_a_drifted_workload_waits(episode: Episode, words: str) -> None:
 
 
 def test_a_training_needs_signals() -> None:
-    assert "only 8,100 of 20,000 signal rows" in why_too_few(8_100, 900, SETTINGS) and why_too_few(20_000, 0, SETTINGS) == ""
+    assert "only 8,100 of 20,000 signal rows" in why_too_few(8_100, 90.0, SETTINGS) and why_too_few(20_000, 0.0, SETTINGS) == ""
 
 
 def test_what_will_be_there_when_the_trainer_looks_is_enough() -> None:
     """A run takes seconds to start, in which signals go on coming."""
-    assert enough_in_s(15_000, 6_000, SETTINGS) == 50.0 and enough_in_s(20_000, 0, SETTINGS) == 0.0
-    assert enough_in_s(19_999, 0, SETTINGS) == math.inf
-    nearly = 20_000 - round(LEAD_S * 6_000 / SETTINGS.recent_s)
-    assert why_too_few(nearly, 6_000, SETTINGS) == "" and f"only {nearly - 1:,}" in why_too_few(nearly - 1, 6_000, SETTINGS)
+    assert enough_in_s(15_000, 100.0, SETTINGS) == 50.0 and enough_in_s(20_000, 0.0, SETTINGS) == 0.0
+    assert enough_in_s(19_999, 0.0, SETTINGS) == math.inf
+    nearly = 20_000 - round(LEAD_S * 100.0)
+    assert why_too_few(nearly, 100.0, SETTINGS) == "" and f"only {nearly - 1:,}" in why_too_few(nearly - 1, 100.0, SETTINGS)
+    assert why_too_few(15_000, 1e6, SETTINGS) == "" and why_too_few(14_999, 1e6, SETTINGS), "three quarters, at any rate"
 
 
 @pytest.mark.parametrize(("verdict", "falling"), [
     (DRIFTED, False), (UNSURE, False), (HEALTHY, False), (FALLING, True),
     (dataclasses.replace(FALLING, drop=0.09), False), (dataclasses.replace(FALLING, drop=SETTINGS.min_drop), True),
 ])
-def test_what_falls_by_its_estimate_may_be_a_drift_in_a_moment(verdict: DriftVerdict, falling: bool) -> None:
+def test_what_falls_by_its_estimate_is_no_recovery(verdict: DriftVerdict, falling: bool) -> None:
     assert is_falling(verdict, SETTINGS) is falling
+
+
+@pytest.mark.parametrize(("verdict", "settings", "close"), [
+    (FALLING, SETTINGS, True), (dataclasses.replace(FALLING, drop_low=-0.11), SETTINGS, False), (HEALTHY, SETTINGS, False),
+    (FALLING, dataclasses.replace(SETTINGS, policy="paper"), False),
+])
+def test_what_may_be_a_drift_in_a_moment(verdict: DriftVerdict, settings: DriftSettings, close: bool) -> None:
+    assert is_close(verdict, settings) is close
 
 
 def test_what_is_remembered_is_bounded() -> None:
@@ -114,7 +126,7 @@ def test_every_attempt_has_its_own_key() -> None:
 
 
 def test_the_memory_survives_a_cursor() -> None:
-    memory = Memory(13.0, 12.5, {"code": Episode(2, 1, NOW, "v1", NOW)})
+    memory = Memory(13.0, 12.5, {"code": Episode(2, 1, NOW, NOW, "v1", NOW)}, 2)
     assert Memory.from_cursor(memory.to_cursor()) == memory
     assert Memory.from_cursor(None) == Memory.from_cursor("") == Memory()
 

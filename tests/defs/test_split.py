@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes_capture import SLOW, FakeEngine
+from tide_pipeline.capture.recorder import Recorder
+from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment
 from tide_pipeline.defs import tags
-from tide_pipeline.defs.adaptation import Adaptation
+from tide_pipeline.defs.adaptation import Adaptation, Request
 from tide_pipeline.defs.meanwhile import meanwhile
+from tide_pipeline.defs.promotion import mark_collected
 from tide_pipeline.defs.split import split, without_waiting
 from tide_pipeline.stack import stages
 from tide_pipeline.stack.runs import RunView
@@ -41,6 +45,29 @@ def test_collecting_ends_when_enough_was_captured_and_a_run_may_be_on_its_way_by
     assert (ahead["collect"], ahead["start"]) == (33.0, 0.0)
     by_hand = {stage: at for stage, at in MARKS.items() if stage not in ("drifted", "collected")}
     assert split({**by_hand, "asked": 131.0}, ROLLOUT, ROLLOUT[4])["start"] == 2.0
+
+
+@pytest.mark.parametrize(("rows", "asked", "begun", "collected"), [
+    (13, 108.0, 112.0, 101.0),                                 # 7 s before it was asked for: a tick
+    (26, 112.0, 115.0, 111.0),                                 # asked for ahead
+    (26, 107.0, 109.0, 109.0),                                 # there when the trainer looked, after its process was
+    (39, 107.0, 109.0, None),                                  # not there: all of the launch counts
+    (13, 150.0, 155.0, 140.0),                                 # something else held it up
+])
+def test_when_enough_was_captured_is_worked_out_from_the_lake(tmp_path: Path, rows: int, asked: float, begun: float,
+                                                            collected: float | None) -> None:
+    settings = override(TideConfig(), {"engine": "tiny", "state_dir": str(tmp_path), "drift": {"min_signal_rows": rows}})
+    began = time.time() - 200.0
+    for name, at in (("a", 101.0), ("b", 111.0), ("c", 130.0)):                                    # 13 rows each
+        recorder = Recorder(SLOW, settings.target, settings.state.lake, "replica-0", clock=lambda at=at: began + at)
+        FakeEngine(recorder).run(name, workload="code")
+        recorder.close()
+    adaptation = Adaptation(tmp_path / "run")
+    adaptation.save("request", Request("code", focus_since=began + 95.0, drifted_at=began + 100.0))
+    adaptation.mark(asked=began + asked, begun=began + begun)
+    mark_collected(settings, adaptation)
+    found = adaptation.marks().get("collected")
+    assert (found is None) == (collected is None) and (found is None or found - began == pytest.approx(collected, abs=0.01))
 
 
 def test_what_the_demo_shows_begins_with_the_shift(tmp_path: Path) -> None:

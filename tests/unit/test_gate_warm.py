@@ -11,7 +11,7 @@ from tests.helpers import tiny_spec, write_tiny_build
 from tide_pipeline.config import GateSettings, SpeculationSettings
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.gate import bench as bench_module
-from tide_pipeline.gate.bench import PLAIN, Bench, Run, benchmark_builds
+from tide_pipeline.gate.bench import PLAIN, Bench, Run, benchmark_builds, faster, summarise
 from tide_pipeline.models.target import Target
 
 PROMPTS = [f"prompt number {i}" for i in range(10)]
@@ -63,8 +63,11 @@ def test_plain_decoding_is_timed_on_half_the_prompts_of_two_drafts_and_on_all_of
     found, seen = bench(tiny_dir, builds, monkeypatch, PROMPTS[:4])
     order = [(tag, PROMPTS.index(prompt)) for tag, prompt, timed in seen if timed]
     assert order[:3] == [(PLAIN, 0), ("challenger", 0), ("champion", 0)] and order[-3:] == [("champion", 3), ("challenger", 3), (PLAIN, 3)]
-    first, second, third, fourth = found.runs[PLAIN]
-    assert second is first and third is fourth and first is not fourth, "the nearest stands in"
+    assert found.plainly == [0, 3] and len(found.runs[PLAIN]) == 2
+    report = summarise(found, "challenger", builds["challenger"], "champion")
+    own = [found.runs["challenger"][i] for i in (0, 3)]
+    assert (report.speedup, report.speedup_low, report.speedup_high) == faster(found.runs[PLAIN], own), "no prompt lends another its time"
+    assert report.prompts == 4 and report.over_champion == faster(found.runs["champion"], found.runs["challenger"])
     assert found.equivalence["challenger"].compared == 4 * 6, "whatever was not decoded plainly is checked by a pass"
     alone, seen = bench(tiny_dir, {"challenger": builds["challenger"]}, monkeypatch, PROMPTS[:4])
-    assert Counter(tag for tag, _, timed in seen if timed) == {PLAIN: 4, "challenger": 4} and len(set(map(id, alone.runs[PLAIN]))) == 4
+    assert Counter(tag for tag, _, timed in seen if timed) == {PLAIN: 4, "challenger": 4} and alone.plainly == [0, 1, 2, 3]

@@ -162,16 +162,15 @@ def count_rows_each(signals_root: Root, target: str, since: Mapping[str, float],
 
 
 def reached_at(signals_root: Root, target: str, workload: str, rows: int, *, since: float, until: float, among: int) -> float | None:
-    """When captured token rows of `workload`, closed at `since` or later, came to `rows` (Unix seconds); `until` where they did not sooner.
+    """When captured rows of `workload`, closed at `since` or later, came to `rows` (Unix seconds); None where they did not by `until`.
 
-    None where `among` windows or more were captured by then: the oldest of them are not looked for. Raises as list_windows.
+    None too where all workloads have `among` windows or more in that time: no more are looked through. Raises as list_windows.
     """
-    found = list_windows(signals_root, target, workloads={workload}, since=since, until=until, max_windows=among).windows
-    if len(found) >= among:
-        return None
-    oldest_first = sorted((window.closed_at, window.num_rows) for window in found)
+    found = list_windows(signals_root, target, since=since, until=until, max_windows=among).windows
+    mine = [window for window in found if window.workload == workload] if len(found) < among else []
+    oldest_first = sorted((window.closed_at, window.num_rows) for window in mine)
     totals = itertools.accumulate(num_rows for _, num_rows in oldest_first)
-    return next((closed_at for (closed_at, _), total in zip(oldest_first, totals, strict=True) if total >= rows), until)
+    return next((closed_at for (closed_at, _), total in zip(oldest_first, totals, strict=True) if total >= rows), None)
 
 
 def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,

@@ -16,12 +16,11 @@ from tide_pipeline.contracts import DriftVerdict
 from tide_pipeline.defs.budget import why_too_much
 from tide_pipeline.defs.draft import AdaptConfig
 from tide_pipeline.defs.episodes import (
-    LEAD_S,
     Episode,
     Memory,
     enough_in_s,
     follow,
-    is_falling,
+    is_close,
     kept,
     run_key,
     why_too_few,
@@ -37,6 +36,8 @@ from tide_pipeline.defs.tags import ATTEMPT, BY_HAND, DRIFTED_AT, EPISODE, REASO
 from tide_pipeline.deployment.record import DeploymentRecord
 
 OBSERVE_EVERY_S = 60.0             # observations stay in Dagster's event log for ever
+MOST_LINGERED = 3                  # ticks in a row: what stays unsure for longer is no fall that has just begun
+SOON_S = 15.0                      # of missing signals: a tick, its lingering, and the time by which a run is asked for ahead
 MOST_TOLD = 16                     # workloads in a skip reason, which is stored with every tick
 MOST_WINDOWS = 100_000             # counted through: two thirds of what capture/index.py remembers, so that a tick opens new shards alone
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED,
@@ -77,7 +78,8 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
         episodes.update(seen.episodes)
         return seen
 
-    seen = linger(look_once, lambda seen: seen.choice.is_near, lambda: _newest_shards(config, began), config.drift.linger_s)
+    seen, has_lingered = linger(look_once, lambda seen: seen.choice.is_near, lambda: _newest_shards(config, began),
+                                config.drift.linger_s if memory.lingered < MOST_LINGERED else 0.0)
     chosen = seen.choice.verdict
     if chosen is not None:
         episode = episodes[chosen.workload]
@@ -86,7 +88,8 @@ def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.
     return dg.SensorResult(
         run_requests=[_request(config, chosen, episodes[chosen.workload], seen.at)] if chosen else [],
         skip_reason=None if chosen else seen.choice.why_none + seen.left_out,
-        cursor=Memory(began, began if is_due else memory.observed_at, kept(episodes, seen.at, config.drift)).to_cursor(),
+        cursor=Memory(began, began if is_due else memory.observed_at, kept(episodes, seen.at, config.drift),
+                      min(memory.lingered + 1, MOST_LINGERED) if has_lingered else 0).to_cursor(),
         asset_events=look(config) if is_due else [])
 
 
@@ -122,16 +125,14 @@ def choose(instance: dg.DagsterInstance, config: TideConfig, verdicts: Sequence[
         latest = DeploymentRecord(config.state.deployments, config.target).latest()
         waits |= {v.workload: why_held(instance, config, latest, v.workload, episodes[v.workload].since) for v in left}
     left = [v for v in left if not waits[v.workload]]
-    is_near = any(is_falling(v, config.drift) and not episodes[v.workload].is_open and not why_wait(episodes[v.workload], now, config.drift)
+    is_near = any(is_close(v, config.drift) and not episodes[v.workload].is_open and not why_wait(episodes[v.workload], now, config.drift)
                   for v in ranked)
-    since = {v.workload: episodes[v.workload].since for v in left}
-    rows, lately = _rows(config, since), _rows(config, {w: max(begin, now - config.drift.recent_s) for w, begin in since.items()})
+    collected = _collected(config, {v.workload: episodes[v.workload].since for v in left}, now)
     served: dict[str, float] | None = None                               # read once, and only when something may be begun
     for verdict in left:
-        collected = rows[verdict.workload], lately[verdict.workload]
-        wait = why_too_few(*collected, config.drift)
+        wait = why_too_few(*collected[verdict.workload], config.drift)
         if wait:
-            is_near |= enough_in_s(*collected, config.drift) <= LEAD_S + config.drift.linger_s
+            is_near |= enough_in_s(*collected[verdict.workload], config.drift) <= SOON_S
         else:
             served = served if served is not None else _served(config, now)
             wait = _why_not_worth(config, verdict, served)
@@ -145,6 +146,15 @@ def _told(ranked: Sequence[DriftVerdict], waits: Mapping[str, str]) -> str:
     told = [f"{v.workload}: {waits[v.workload]} ({v.reason})" if v.workload in waits else f"{v.workload}: {v.reason}"
             for v in ranked[:MOST_TOLD]]
     return "; ".join([*told, f"and {len(ranked) - MOST_TOLD} more that fell less"] if len(ranked) > MOST_TOLD else told)
+
+
+def _collected(config: TideConfig, since: Mapping[str, float], now: float) -> dict[str, tuple[int, float]]:
+    """Captured rows of each workload, and how many a second came lately where they are not enough yet."""
+    rows = _rows(config, since)
+    lately = {workload: max(since[workload], now - max(10.0, 3 * config.capture.flush_s))      # writers hold some of the newest
+              for workload, count in rows.items() if count < config.drift.min_signal_rows}
+    per_s = {workload: count / (now - lately[workload]) for workload, count in _rows(config, lately).items()}
+    return {workload: (count, per_s.get(workload, 0.0)) for workload, count in rows.items()}
 
 
 def _rows(config: TideConfig, since: Mapping[str, float]) -> dict[str, int]:

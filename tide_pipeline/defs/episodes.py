@@ -17,6 +17,8 @@ from tide_pipeline.contracts import DriftVerdict, from_dict
 MOST_KEPT = 256                    # episodes; the cursor is stored with every tick, and tags of workloads come from clients
 FORGET_S = 86_400.0                # after which an open episode of a workload without traffic is over
 LEAD_S = 5.0                       # from a launch to the trainer's look at what was captured: Dagster's queue and two processes that start
+LEAST = 0.75                       # of the signals must be there, however fast they come: rates are means, and traffic stops
+UNSURE_S = 600.0                   # after which a fall that was certain, and is not any more, is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Episode:
     number: int = 0
     attempts: int = 0
     since: float = 0.0             # windows from here on count as drifted traffic; 0 while no episode is open
+    certain: float = 0.0           # when a verdict was last "drifted"
     draft_version: str = ""        # that was served when it opened
     last_run: float = 0.0          # when an adaptation of this workload was last seen queued or running
     seen: float = 0.0              # when the workload was last judged
@@ -42,6 +45,7 @@ class Memory:
     looked_at: float = 0.0         # Unix seconds
     observed_at: float = 0.0
     episodes: dict[str, Episode] = field(default_factory=dict)
+    lingered: int = 0              # ticks in a row that stayed to their end
 
     def to_cursor(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -54,7 +58,7 @@ class Memory:
         try:
             values = json.loads(cursor)
             episodes = {str(workload): from_dict(Episode, episode) for workload, episode in values["episodes"].items()}
-            return cls(float(values["looked_at"]), float(values["observed_at"]), episodes)
+            return cls(float(values["looked_at"]), float(values["observed_at"]), episodes, int(values.get("lingered", 0)))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no cursor of the drift sensor: {error!r}") from error
 
@@ -62,18 +66,18 @@ class Memory:
 def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftSettings) -> Episode:
     """Open or close the episode by the verdict; too little data changes nothing.
 
-    Once open it takes a recovery to close it, by the estimate: the worse a draft is, the less the speculation controller drafts, until the
-    interval of a large drop may reach down to none.
+    Once open it takes a recovery to close it, by the estimate, or UNSURE_S in which no verdict was certain: the worse a draft is, the less
+    the speculation controller drafts, until the interval of a large drop may reach down to none.
     """
     if episode.is_open and verdict.draft_version != episode.draft_version:
         episode = dataclasses.replace(episode, since=0.0)
-    if not verdict.enough_data or (episode.is_open and is_falling(verdict, settings)):
+    if not verdict.enough_data or (episode.is_open and is_falling(verdict, settings) and now - episode.certain < UNSURE_S):
         return episode
     if not verdict.drifted:
         return dataclasses.replace(episode, since=0.0)
     if episode.is_open:
-        return episode
-    return dataclasses.replace(episode, number=episode.number + 1, attempts=0, since=now - settings.recent_s,
+        return dataclasses.replace(episode, certain=now)
+    return dataclasses.replace(episode, number=episode.number + 1, attempts=0, since=now - settings.recent_s, certain=now,
                                draft_version=verdict.draft_version)
 
 
@@ -93,17 +97,22 @@ def is_falling(verdict: DriftVerdict, settings: DriftSettings) -> bool:
     return verdict.enough_data and not verdict.drifted and verdict.drop >= settings.min_drop
 
 
-def enough_in_s(num_rows: int, lately: int, settings: DriftSettings) -> float:
-    """Seconds until a training's signals are there, when they go on coming like those `lately`, in the last `recent_s`; inf for never."""
+def enough_in_s(num_rows: int, rows_per_s: float, settings: DriftSettings) -> float:
+    """Seconds until a training's signals are there, when they go on coming as they do; inf for never."""
     missing = settings.min_signal_rows - num_rows
     if missing <= 0:
         return 0.0
-    return missing * settings.recent_s / lately if lately > 0 else math.inf
+    return missing / rows_per_s if rows_per_s > 0 else math.inf
 
 
-def why_too_few(num_rows: int, lately: int, settings: DriftSettings) -> str:
+def is_close(verdict: DriftVerdict, settings: DriftSettings) -> bool:
+    """Whether a few more requests may make a drift of it. Other policies than the interval's own decide by whole slots."""
+    return settings.policy == "judge" and is_falling(verdict, settings) and verdict.drop_low > -settings.min_drop
+
+
+def why_too_few(num_rows: int, rows_per_s: float, settings: DriftSettings) -> str:
     """What is missing of the signals that a training needs; "" when nothing will be by the time the trainer looks."""
-    if enough_in_s(num_rows, lately, settings) > LEAD_S:
+    if num_rows < LEAST * settings.min_signal_rows or enough_in_s(num_rows, rows_per_s, settings) > LEAD_S:
         return f"drifted, but only {num_rows:,} of {settings.min_signal_rows:,} signal rows collected yet"
     return ""
 

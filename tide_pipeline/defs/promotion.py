@@ -13,9 +13,10 @@ from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine
 from tide_pipeline.defs.drift_sensor import MOST_WINDOWS
+from tide_pipeline.defs.episodes import LEAD_S
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.split import BEGUN, COLLECTED, JUDGED, split, without_waiting
+from tide_pipeline.defs.split import ASKED, BEGUN, COLLECTED, JUDGED, split, without_waiting
 from tide_pipeline.defs.tags import PASSED
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError, TideError
@@ -23,6 +24,7 @@ from tide_pipeline.errors import BuildError, RegistryError, TideError
 if TYPE_CHECKING:
     from tide_pipeline.gate.run import GateReport
 
+TICK_S = 10.0                              # that a sensor's round and its lingering may take
 SERVE_POOL = "serve_gpu"                   # what measures speed on the devices that serve: one at a time, or both are slow
 
 
@@ -103,13 +105,13 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
 
     if deployment.groups["rest"].get(key) != build.build_id:
         raise dg.Failure(f"deployment {deployment.n} does not serve it: {deployment.reason}", allow_retries=False)
-    mark_collected(settings, adaptation)
-    stages = split(adaptation.marks(), DeploymentRecord(settings.state.deployments, settings.target).history(), deployment)
-    adaptation.save_stages(stages)
     try:
         log.info(f"aliases: {follow_alias(settings, open_registry(settings), deployment)}")
     except (RegistryError, BuildError) as error:           # the rollout is over; alias_sensor looks every 30 s
         log.warning(f"aliases were not moved, the sensor will: {error}")
+    mark_collected(settings, adaptation)
+    stages = split(adaptation.marks(), DeploymentRecord(settings.state.deployments, settings.target).history(), deployment)
+    adaptation.save_stages(stages)
     return dg.MaterializeResult(metadata={"deployment": deployment.n, "serves": key, "build_id": build.build_id,
                                           "draft_version": build.draft_version, "reason": deployment.reason,
                                           **{f"{stage.replace(' ', '_')}_s": s for stage, s in stages.items()},
@@ -117,16 +119,20 @@ def served(log: dg.DagsterLogManager, settings: TideConfig, deployment: Deployme
 
 
 def mark_collected(settings: TideConfig, adaptation: Adaptation) -> None:
-    """When what the drift sensor waits for was there: it asks for a run some seconds before. For figures alone."""
+    """When what the drift sensor waits for was there: it asks for a run some seconds before. For figures alone.
+
+    Not there when the trainer looked, it is left out, and the whole launch counts as one. Longer than TICK_S before the run was asked for,
+    it was no tick that the run waited for, but a cool-down, another run or a person.
+    """
     from tide_pipeline.capture.reader import reached_at
 
     asked, marks = adaptation.request(), adaptation.marks()
     if asked.drifted_at and BEGUN in marks:
         with contextlib.suppress(TideError):
             reached = reached_at(settings.state.signals, settings.target, asked.workload, settings.drift.min_signal_rows,
-                                 since=asked.focus_since, until=marks[BEGUN], among=MOST_WINDOWS)
+                                 since=asked.focus_since, until=marks[BEGUN] + LEAD_S, among=MOST_WINDOWS)
             if reached is not None:
-                adaptation.mark(**{COLLECTED: max(asked.drifted_at, reached)})
+                adaptation.mark(**{COLLECTED: max(asked.drifted_at, marks[ASKED] - TICK_S, min(reached, marks[BEGUN]))})
 
 
 def tell_registry(context: dg.AssetExecutionContext, settings: TideConfig, adaptation: Adaptation, verdict: GateVerdict) -> None:

@@ -42,12 +42,13 @@ class Run:
 
 @dataclass
 class Bench:
-    """Timed runs by tag ("plain" and one per build), index by prompt; plain decoding may be that of the prompt next to it.
+    """Timed runs by tag ("plain" and one per build), in the order of prompts; plain decoding of the prompts `plainly` alone.
 
     Equivalence of the tags it was asked for.
     """
 
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    plainly: list[int] = field(default_factory=list)
     equivalence: dict[str, Equivalence] = field(default_factory=dict)
 
 
@@ -66,9 +67,9 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
     engine.profile()
     engine.start()
     tags = [PLAIN, *builds]
-    bench = Bench({tag: [] for tag in tags}, {tag: Equivalence() for tag in (tags if checked is None else checked)})
-    plain = dict[int, Run]()
     several = prompts[:timed]
+    plainly = [i for i in range(len(several)) if len(builds) == 1 or i % 4 in (0, 3)]  # beside two: first for one prompt, last for another
+    bench = Bench({tag: [] for tag in tags}, plainly, {tag: Equivalence() for tag in (tags if checked is None else checked)})
     rest = prompts[len(several) : gate.equivalence_prompts]
     first = [*rest, *several][: max(2, len(several) // 4)]
     run = partial(_run, engine, tokens=gate.bench_tokens, temperature=temperature, mode=mode)
@@ -76,13 +77,10 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
         warm = {tag: [run(f"{tag}-warm-{i}", prompt, tag) for i, prompt in enumerate(first)] for tag in reversed([*builds])}
         for i, prompt in enumerate(several):
             for tag in (tags if i % 2 == 0 else reversed(tags)):
-                if tag != PLAIN:
+                if tag != PLAIN or i in plainly:
                     bench.runs[tag].append(run(f"{tag}-{i}", prompt, tag))
-                elif len(builds) == 1 or i % 4 in (0, 3):              # first in one, last in the other
-                    plain[i] = run(f"{tag}-{i}", prompt, tag)
             if progress:
                 progress(i + 1, len(several))
-        bench.runs[PLAIN] = [plain[min(plain, key=lambda other: abs(other - i))] for i in range(len(several))]
         untimed = {tag: warm.get(tag, [])[: len(rest)] for tag in bench.equivalence}
         for tag, done in untimed.items():
             done += [run(f"{tag}-rest-{i}", rest[i], tag) for i in range(len(done), len(rest))]
@@ -90,8 +88,9 @@ def benchmark_builds(model_dir: Path, spec: EngineSpec, builds: Mapping[str, Eng
         engine.close()
     if temperature == 0.0:
         for tag, found in bench.equivalence.items():
-            outputs = list(zip([*several, *rest], bench.runs[tag] + untimed[tag], strict=True))[: gate.equivalence_prompts]
-            known = {several[i]: run.tokens for i, run in plain.items()} if tag != PLAIN else {}
+            mine = [several[i] for i in plainly] if tag == PLAIN else several
+            outputs = list(zip([*mine, *rest], bench.runs[tag] + untimed[tag], strict=True))[: gate.equivalence_prompts]
+            known = {several[i]: run.tokens for i, run in zip(plainly, bench.runs[PLAIN], strict=True)} if tag != PLAIN else {}
             for prompt, one in outputs:
                 check_equivalence(engine.target, engine.codec.encode(prompt), one.tokens, gate.epsilon, found, known.get(prompt, ()))
     return bench
@@ -116,7 +115,7 @@ def _run(engine: EmbeddedEngine, name: str, prompt: str, tag: str, *, tokens: in
 def summarise(bench: Bench, tag: str, build: EngineBuild, against: str = "") -> BenchmarkReport:
     """The record of one build; `against` is the tag of the one it shall replace."""
     runs, plain = bench.runs[tag], bench.runs[PLAIN]
-    speedup, low, high = faster(plain, runs)
+    speedup, low, high = faster(plain, [runs[i] for i in bench.plainly])
     over_champion = faster(bench.runs[against], runs) if against else (0.0, 0.0, 0.0)
     steps = sum(r.target_steps for r in runs)
     equal = bench.equivalence.get(tag, Equivalence())

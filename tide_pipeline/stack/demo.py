@@ -153,12 +153,12 @@ class Demo:
                  f"{head.speedup.median:.2f}x of no speculation (fixed 3: {head.speedup_fixed.median:.2f}x) on {head.name} text")
 
     def _until_launched(self, prompts: list[Prompt]) -> None:
-        """Shifted traffic until the sensor has launched a run."""
+        """Shifted traffic until the run that the sensor launched trains: it is asked for before the last signals are there."""
         self.state.stage, self.state.share = "drift", None
         traffic = Traffic(self.client, itertools.cycle(prompts), self.plan.concurrency, TrafficDefaults()).start()
         deadline = time.time() + self.plan.collect_timeout_s
         try:
-            while self.run is None:
+            while self.run is None or not (self.run.over or "draft_checkpoint" in self.run.steps):
                 if time.time() > deadline:
                     said = self.verdict.reason if self.verdict else "no verdict"
                     raise StageFailed(f"drift: no run was launched in {self.plan.collect_timeout_s:.0f} s "
