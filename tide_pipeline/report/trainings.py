@@ -18,7 +18,7 @@ class Trainings:
     """Those that ended in the period, or were last heard of in it."""
 
     found: Sequence[Trained]                               # oldest first
-    curves: Mapping[str, Sequence[Mapping[str, Any]]]      # draft version -> points
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]      # draft version -> points, oldest first
     untimed: int                                           # left no record of their seconds, and are not among the found
 
 
@@ -28,6 +28,7 @@ def trainings_of(folders: Sequence[TrainingFolder], births: Mapping[str, Birth],
     known = {folder.digest for folder in folders}
     drafts += [(version, birth) for version, birth in births.items() if birth.get("digest") not in known and "curve" in birth]
     drafts = [(version, birth) for version, birth in drafts if since <= birth["created_at"] <= until]
+    drafts.sort(key=lambda draft: float(draft[1]["created_at"]))
     others = [folder for folder in folders if not folder.digest and since <= folder.last_heard <= until]
     trained = [*(_with_draft(version, birth) for version, birth in drafts), *(_without(f) for f in others if f.least_s > 0)]
     return Trainings(sorted(trained, key=lambda t: t.ended), {version: birth["curve"] for version, birth in drafts if "curve" in birth},
