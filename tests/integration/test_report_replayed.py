@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.models.eagle3 import Eagle3Draft
 from tide_pipeline.models.target import Target
+from tide_pipeline.provenance import write_json
 from tide_pipeline.report.page import render
 from tide_pipeline.report.period import collect
 from tide_pipeline.report.savings import NONE, STATIC
@@ -68,6 +71,14 @@ def test_a_better_draft_is_worth_what_the_replay_says(tmp_path: Path, tiny_dir: 
     assert rest == pytest.approx(0.0, abs=1e-6)
     assert against[STATIC].saved_s.estimate >= -1e-6
     assert "faster than static" in render(data)
+
+    folder = config.state.training / "run-1"               # a build that went after a week: its draft is where it was trained
+    shutil.copytree(Path(second.path) / "draft", folder / "draft")
+    write_json(folder / "draft" / "checkpoint.json", {"digest": second.draft_digest, "target": config.target})
+    write_json(folder / "build.json", dataclasses.asdict(second))
+    shutil.rmtree(second.path)
+    again = collect(config, began, data.until).savings
+    assert again is not None and again.replays == found.replays
 
 
 def test_without_captured_windows_the_static_draft_is_not_judged(tmp_path: Path, tiny_dir: Path, tiny_target: Target) -> None:

@@ -72,6 +72,8 @@ def test_bad_input_is_told_what_to_do(config: TideConfig) -> None:
     with pytest.raises(InvalidRequest, match=r"no policy nonsense: choose from judge, "):
         backtest(config, ["nonsense"], 0.0, 1.0)
     assert moment("12h", 86_400.0) == 43_200.0 and moment("2026-02-07T09:00", NOW) == 1_770_454_800.0
-    for text in ("", "h", "yesterday", "7w"):
+    for text in ("2026-02-07", "2026-02-07 00:00:00", "2026-02-07T00:00Z", "2026-02-07T01:00+01:00"):
+        assert moment(text, NOW) == 1_770_422_400.0
+    for text in ("", "h", "yesterday", "7w", "infd", "nanh"):
         with pytest.raises(InvalidRequest, match="expected 30m, 12h, 7d or a time"):
             moment(text, NOW)

@@ -21,7 +21,7 @@ from tide_pipeline.drift.series import Bucket
 from tide_pipeline.report.data import ReportData, Span
 from tide_pipeline.report.page import headline, render, write_report
 from tide_pipeline.report.period import MOST_BUCKETS, bucket_of, collect, rollout_marks
-from tide_pipeline.report.plots import merged, place_labels, smoothed
+from tide_pipeline.report.plots import MOST_CURVES, merged, place_labels, smoothed, with_room
 
 STAGES = {"detect and collect": 54.2, "train": 79.9, "gate": 11.0}
 
@@ -166,6 +166,20 @@ def test_labels_never_overlap(marks: list[tuple[float, str]]) -> None:
     for lane in lanes:
         spans = [(at - w, at) if is_left else (at, at + w) for at, label, is_left in lane for w in [(len(label) + 2) * 0.68]]
         assert all(a[1] <= b[0] or b[1] <= a[0] for i, a in enumerate(spans) for b in spans[:i])
+
+
+@given(begins=st.lists(st.floats(-20, 100), max_size=30))
+def test_labels_of_trainings_have_room(begins: list[float]) -> None:
+    out = with_room([Span(begin, begin + 1, "training v2-1f0a9c2b") for begin in begins], 0.0, 100.0)
+    width = (len("training v2-1f0a9c2b") + 2) * 0.68
+    assert all(max(b.begin, 0.0) - max(a.begin, 0.0) >= width for a, b in itertools.pairwise(out)) and bool(out) == bool(begins)
+
+
+def test_a_month_of_drafts_shows_the_curves_of_the_newest() -> None:
+    curves = {f"v{i}": [{"elapsed_s": 0.0, "loss": 3.0}, {"elapsed_s": 1.0, "loss": 2.0}] for i in range(1, MOST_CURVES + 3)}
+    text = render(ReportData(training=curves))
+    assert "newest 6 of 8 drafts" in text and "v8  2.00" in text and "v2  2.00" not in text
+    assert "newest" not in render(ReportData(training={"v1": curves["v1"]}))
 
 
 @given(marks=marks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -69,13 +71,12 @@ def backtest(
         console().print(str(file), markup=False)
 
 
-def moment(text: str, now: float) -> float:
-    """Unix seconds of `12h` ago or of a time in UTC. Raises InvalidRequest."""
-    import calendar
+def moment(text: str, now: float, option: str = "--since") -> float:
+    """Unix seconds of `12h` ago or of a time in ISO 8601, UTC where it has no offset. Raises InvalidRequest."""
+    from tide_pipeline.training.span import Span
 
-    try:
-        if text[-1:] in _UNITS_S:
-            return now - float(text[:-1]) * _UNITS_S[text[-1]]
-        return float(calendar.timegm(time.strptime(text.replace(" ", "T").rstrip("Z"), "%Y-%m-%dT%H:%M")))
-    except ValueError as error:
-        raise InvalidRequest(f"--since {text}: expected 30m, 12h, 7d or a time such as 2026-02-07T09:00 (UTC)") from error
+    with contextlib.suppress(ValueError, InvalidRequest):
+        found = now - float(text[:-1]) * _UNITS_S[text[-1]] if text[-1:] in _UNITS_S else Span.of("", text).until
+        if math.isfinite(found):
+            return found
+    raise InvalidRequest(f"{option} {text}: expected 30m, 12h, 7d or a time such as 2026-02-07T09:00 (UTC)")

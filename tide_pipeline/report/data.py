@@ -32,14 +32,16 @@ class Drift:
 
 @dataclass(frozen=True)
 class Trained:
-    """One training that led to a draft, and what it cost. Lengths are acceptance lengths on held-out requests."""
+    """One training, and what it cost. Lengths are acceptance lengths on held-out requests, 0 where none was measured."""
 
-    draft_version: str
-    ended: float                   # Unix seconds
-    seconds: float                 # of the training devices together
+    draft_version: str             # "" where it left no draft
+    ended: float                   # Unix seconds; without a draft when it was last heard of
+    seconds: float                 # of the training devices together; without a draft at least
     rows: int
     start_length: float
     length: float
+    began: float
+    without_draft: str = ""        # which run it was and what it was doing last
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class ReportData:
     drifts: Sequence[Drift] = ()
     verdicts: Sequence[DriftVerdict] = ()                                  # at the end of the period
     trainings: Sequence[Trained] = ()
+    untimed_trainings: int = 0                                             # of the period that left no record of their seconds
     savings: Savings | None = None
     gates: Sequence[GateVerdict] = ()
     deployments: Sequence[Deployment] = ()

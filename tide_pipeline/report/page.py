@@ -14,7 +14,7 @@ from tide_pipeline.provenance import write_atomic
 from tide_pipeline.report.data import Drift, ReportData, Trained
 from tide_pipeline.report.parts import DASH, clock, head, note, plot_box, section, table, verdict
 from tide_pipeline.report.plots import time_plot, training_plot
-from tide_pipeline.report.savings_page import in_words, savings_section
+from tide_pipeline.report.savings_page import in_words, savings_section, untimed_in_words
 
 TEMPLATE = Path(__file__).parent / "page.html"
 FORMS = {"acceptance_length": "{:.2f}", "tokens_per_s": "{:,.0f}", "plain_tokens_per_s": "{:,.0f}", "speedup": "{:.2f}x",
@@ -28,10 +28,10 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render(data: ReportData) -> str:
     """The page's HTML."""
-    sections = [_phases(data.phases), savings_section(data.savings, *_ends(data)), section("Over time", plot_box(time_plot(data))),
-                _stages(data.stages_s), _drifts(data.drifts, data.verdicts),
-                section("Training", plot_box(training_plot(data.training)) + _trainings(data.trainings)), _gates(data.gates),
-                _deployments(data.deployments, data.versions), _facts(data.facts)]
+    trainings = plot_box(training_plot(data.training)) + _trainings(data.trainings, data.untimed_trainings)
+    sections = [_phases(data.phases), savings_section(data.savings, *_ends(data), data.untimed_trainings),
+                section("Over time", plot_box(time_plot(data))), _stages(data.stages_s), _drifts(data.drifts, data.verdicts),
+                section("Training", trainings), _gates(data.gates), _deployments(data.deployments, data.versions), _facts(data.facts)]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(data.title), headline=html.escape(data.headline or headline(data)), when=html.escape(_period(data)),
         body="\n".join(part for part in sections if part))
@@ -117,11 +117,15 @@ def _drifts(drifts: Sequence[Drift], verdicts: Sequence[DriftVerdict]) -> str:
     return section("Drift", table(("UTC", "workload", "draft", "verdict", "evidence"), rows))
 
 
-def _trainings(trainings: Sequence[Trained]) -> str:
-    rows = [[t.draft_version, clock(t.ended - t.seconds), f"{t.seconds:.0f}", f"{t.rows:,}", f"{t.start_length:.2f}", f"{t.length:.2f}"]
-            for t in trainings]
+def _trainings(trainings: Sequence[Trained], untimed: int) -> str:
+    rows = [[t.draft_version or f"none: {t.without_draft}", clock(t.began), f"{t.seconds:.0f}", f"{t.rows:,}" if t.draft_version else DASH,
+             _length(t.start_length), _length(t.length)] for t in trainings]
+    lost = [t.seconds for t in trainings if not t.draft_version]
+    told = [f"{sum(t.seconds for t in trainings):,.0f} s of training in all" if len(rows) > 1 else "",
+            f"{sum(lost):,.0f} s in {len(lost)} without a draft, counted up to the last word of each" if lost else ""]
+    sums = ", ".join(text for text in told if text)
     return table(("draft", "UTC", "#seconds", "#token rows", "#acceptance before", "#after, held-out requests"), rows) + (
-        note(f"{sum(t.seconds for t in trainings):,.0f} s of training in all.") if len(rows) > 1 else "")
+        note(" ".join(text for text in (f"{sums}." if sums else "", untimed_in_words(untimed)) if text)) if sums or untimed else "")
 
 
 def _gates(gates: Sequence[GateVerdict]) -> str:
@@ -148,6 +152,10 @@ def _deployments(deployments: Sequence[Deployment], versions: Mapping[str, str])
 def _facts(facts: Mapping[str, str]) -> str:
     rows = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
     return section("Machine and settings", f"<dl>{rows}</dl>") if rows else ""
+
+
+def _length(value: float) -> str:
+    return f"{value:.2f}" if value else DASH
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:

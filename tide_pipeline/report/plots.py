@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from tide_pipeline.drift.series import Bucket
-from tide_pipeline.report.data import ReportData
+from tide_pipeline.report.data import ReportData, Span
 from tide_pipeline.report.svg import GRID, INK, MUTED, PAPER, SERIES, figure, to_svg
 
 DAY_S = 86_400
@@ -21,6 +21,7 @@ LABEL_WIDTH = 0.0068               # of the time axis, a character of a mark's l
 NEAR = 0.02                        # of the time axis: marks that share a label
 SMOOTH = 5                         # buckets a line is averaged over
 FEW_VERSIONS = 4                   # more of them are called by their number alone
+MOST_CURVES = 6                    # the newest; more of them can't be told apart
 FIRST_MINUTES = 3600.0             # shorter periods count from their beginning, longer ones show the clock
 
 
@@ -53,7 +54,7 @@ def time_plot(data: ReportData) -> str:
             for at, _ in marks:
                 axes.axvline(at - since, color=MUTED, lw=0.8, ls=(0, (2, 2)), zorder=1)
         _labels(top, lanes, since)
-        for span in data.spans:
+        for span in with_room(data.spans, since, until):
             top.annotate(span.label, (max(span.begin, since) - since, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0),
                          textcoords="offset points", color=MUTED, fontsize=9)
         time_axis(low, since, until)
@@ -64,9 +65,11 @@ def training_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Loss and offline acceptance over training time, a line per draft. "" without a point."""
     if not any(curves.values()):
         return ""
+    newest = f", newest {MOST_CURVES} of {len(curves)} drafts" if len(curves) > MOST_CURVES else ""
+    curves = dict(list(curves.items())[-MOST_CURVES:])
     with figure(11.0, 3.0) as drawing:
         left, right = drawing.subplots(1, 2)
-        for axes, key, title in ((left, "loss", "training loss"),
+        for axes, key, title in ((left, "loss", f"training loss{newest}"),
                                  (right, "acceptance_length", "offline acceptance length, held-out requests")):
             for i, (version, points) in enumerate(curves.items()):
                 x, y = zip(*[(p["elapsed_s"], p[key]) for p in points if key in p] or [(np.nan, np.nan)], strict=True)
@@ -114,6 +117,18 @@ def place_labels(marks: Sequence[tuple[float, str]], since: float, until: float)
         lanes[lane].append((at, label, is_left))
         ends[lane].append(taken)
     return lanes
+
+
+def with_room(spans: Sequence[Span], since: float, until: float) -> list[Span]:
+    """Those whose labels, at their beginnings, don't run into the one before."""
+    out: list[Span] = []
+    free = since
+    for span in sorted(spans, key=lambda s: s.begin):
+        begin = max(span.begin, since)
+        if begin >= free:
+            out.append(span)
+            free = begin + (len(span.label) + 2) * LABEL_WIDTH * (until - since)
+    return out
 
 
 def smoothed(buckets: Sequence[Bucket], name: str) -> list[float]:

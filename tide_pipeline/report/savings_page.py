@@ -12,17 +12,22 @@ from tide_pipeline.report.svg import MUTED, SERIES, figure, to_svg
 LEAST_SHARE = 0.005                # of the served time: what can't be judged is told from there on
 
 
-def savings_section(found: Savings | None, since: float, until: float) -> str:
-    """"" where nothing was served. Times: the period."""
+def savings_section(found: Savings | None, since: float, until: float, untimed: int = 0) -> str:
+    """"" where nothing was served. Times: the period. `untimed`: trainings whose seconds nobody knows."""
     if found is None or not found.against:
         return ""
-    return section("What drafts saved", _sums(found) + plot_box(savings_plot(found, since, until)) + _replays(found) + _how(found))
+    return section("What drafts saved", _sums(found) + plot_box(savings_plot(found, since, until)) + _replays(found) + _how(found, untimed))
 
 
 def in_words(found: Savings | None) -> str:
     """For the headline; "" where nothing could be judged."""
     told = [f"{_signed(a.saved_s.estimate - found.training_s)} against {a.name}" for a in found.against] if found else []
     return f"{' and '.join(told)}, training paid" if told else ""
+
+
+def untimed_in_words(trainings: int) -> str:
+    """"" where all left a record."""
+    return f"{trainings} training{'s' * (trainings != 1)} left no record of their time: not in these sums." if trainings else ""
 
 
 def savings_plot(found: Savings, since: float, until: float) -> str:
@@ -62,7 +67,7 @@ def _replays(found: Savings) -> str:
                             _span(r.speed, "{:.2f}", "x")] for r in found.replays])
 
 
-def _how(found: Savings) -> str:
+def _how(found: Savings, untimed: int) -> str:
     costs = "; ".join(f"{length}: {cost.estimate:.2f} [{cost.low:.2f}, {cost.high:.2f}]" for length, cost, _ in found.costs)
     unjudged = [f"{1 - a.judged_share:.0%} of the served time against {a.name}" for a in found.against if 1 - a.judged_share > LEAST_SHARE]
     static = next((a for a in found.against if a.name == STATIC), None)
@@ -72,7 +77,7 @@ def _how(found: Savings) -> str:
             "step without a draft." if costs else "",
             f"Against the static draft: {found.static_version}, the first that was served, and each draft after it replayed on the same "
             "held-out requests that were captured of it, each moment by the nearest ones." if static else "",
-            f"Left out, as nothing tells: {' and '.join(unjudged)}." if unjudged else ""]
+            f"Left out, as nothing tells: {' and '.join(unjudged)}." if unjudged else "", untimed_in_words(untimed)]
     return note(" ".join(text for text in told if text))
 
 
