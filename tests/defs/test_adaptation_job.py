@@ -19,6 +19,7 @@ from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.draft import name_challenger
+from tide_pipeline.defs.limits import challenger_tags
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.rollout_sensor import alias_sensor, rollout_sensor
 from tide_pipeline.deployment.builds import list_builds, load_build
@@ -168,6 +169,7 @@ def test_an_alias_moved_by_hand_goes_through_the_gate(config: TideConfig, instan
     assert asked is not None and registry.alias("champion") == champion and registry.alias("challenger") == shipped.version
     again = looked(instance).run_requests
     assert again is not None and asked[0].run_key == again[0].run_key, "Dagster takes a key once"
+    assert asked[0].tags.items() >= challenger_tags(config).items()
     with FakeReplica(config, "replica-0", workload="code"):
         done = defs().resolve_job_def("judge_challenger").execute_in_process(instance=instance, run_config=asked[0].run_config)
     assert done.success and registry.get(shipped.version).tags["request"] == "passed by the gate"
@@ -183,7 +185,10 @@ def test_a_request_that_can_not_be_judged_is_answered(config: TideConfig, instan
     registry.tag(version, {"request": "waiting", "requested_at": "1.0", "requested_for": "never asked"})
     done = defs().resolve_job_def("judge_challenger").execute_in_process(
         instance=instance, run_config={"ops": {"draft_engine": {"config": {"version": version}}}}, raise_on_error=False)
-    answer = registry.get(version).tags["request"]
+    answer, run = registry.get(version).tags["request"], instance.get_run_by_id(done.run_id)
+    assert run is not None and run.tags.items() >= {
+        "tide/target": config.target, "tide/workload": "never asked", "tide/reason": f"version {version} was asked for in MLflow",
+        **challenger_tags(config)}.items()
     assert not done.success and answer.startswith("failed: ") and "'never asked'" in answer
 
 
@@ -217,6 +222,7 @@ def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> tuple[dg.Exe
         done = job().execute_in_process(asset_selection=steps, run_id=root, instance=other)
         run = other.get_run_by_id(root)
         assert run is not None
+        assert run.tags.items() >= {"tide/target": config.target, "tide/workload": "code"}.items(), "the drift sensor finds it by these"
         return done, run.tags["tide/passed"]
 
 

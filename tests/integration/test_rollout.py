@@ -152,11 +152,6 @@ def test_a_replica_of_the_rest_that_fails_takes_all_back(config: TideConfig, cha
 
 def test_a_killed_rollout_goes_on_with_its_canary(config: TideConfig, champion: Deployment, challenger: EngineBuild,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    class Killed(BaseException): ...
-
-    def dies(*_: object) -> None:
-        raise Killed
-
     with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}):
         with monkeypatch.context() as patch:
             patch.setattr(Driver, "drive", dies)
@@ -245,6 +240,71 @@ def test_a_proposal_is_served_by_nobody_until_it_is_approved(config: TideConfig,
     assert stages(config) == ["stable", "proposed", "canary", "stable"] and "looks good" in done.reason
     with pytest.raises(RolloutRefused, match="nothing is proposed"):
         by_hand.approve(config, who="me", reason="again")
+
+
+class Killed(BaseException): ...
+
+
+def dies(*_: object) -> None:
+    raise Killed
+
+
+def test_an_approval_that_was_killed_goes_on_with_its_rollout_and_tells_how_it_ended(
+        config: TideConfig, champion: Deployment, challenger: EngineBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    proposed = propose(config, challenger, judged(config, challenger), who="run 1", reason="drift on de")
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.8}):
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "drive", dies)
+            with pytest.raises(Killed):
+                by_hand.approve(config, who="run 2", reason="looks good")
+        assert stages(config) == ["stable", "proposed", "canary"]
+        done = by_hand.approve(config, who="run 3", reason="looks good")
+    assert stages(config) == ["stable", "proposed", "canary", "stable"] and done.groups["rest"] == {"*": challenger.build_id}
+    assert by_hand.approve(config, who="run 4", reason="looks good", after=proposed.n) == done
+    with pytest.raises(RolloutRefused, match="nothing is proposed"):
+        by_hand.approve(config, who="somebody", reason="again")
+
+
+def test_an_approval_is_of_one_proposal(config: TideConfig, champion: Deployment, challenger: EngineBuild, tmp_path: Path,
+                                        tiny_target: Target) -> None:
+    """Who died over the first one did not look at the second."""
+    other = build_engine(config, Path(write_tiny_build(tmp_path / "other", tiny_target, seed=6).path) / "draft", "v3", warm_up=False)
+    first = propose(config, challenger, judged(config, challenger), who="run 1", reason="drift on de")
+    second = propose(config, other, judged(config, other), who="run 2", reason="drift again")
+    with pytest.raises(RolloutRefused, match=rf"build {challenger.build_id}, which deployment {first.n} proposed, was never rolled out"):
+        by_hand.approve(config, who="run 3", reason="looks good", after=first.n)
+    assert DeploymentRecord(config.state.deployments, "tiny").latest() == second
+    assert by_hand.approve(config, who="run 3", reason="looks good", after=second.n).groups["rest"] == {"*": other.build_id}
+
+
+def test_a_build_named_by_a_person_is_rolled_out_once_however_often_its_run_is_killed(
+        config: TideConfig, champion: Deployment, challenger: EngineBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GateNotPassed, match="tide gate"):
+        by_hand.begin(config, challenger.build_id, who="run 1", reason="by hand")
+    judged(config, challenger)
+    with FakeReplica(config, "replica-0", rates={challenger.draft_digest: 0.1}) as replica:
+        replica.serve(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "drive", dies)
+            with pytest.raises(Killed):
+                by_hand.begin(config, challenger.build_id, who="run 1", reason="by hand")
+        done = by_hand.begin(config, challenger.build_id, who="run 2", reason="by hand", after=champion.n)
+        assert stages(config) == ["stable", "canary", "rolled_back"] and "drop +0." in done.reason
+        again = by_hand.begin(config, challenger.build_id, who="run 3", reason="by hand", after=champion.n)
+        assert again == done, "what live traffic sent back is not tried again by a run that was killed"
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "drive", dies)
+            with pytest.raises(Killed):
+                by_hand.begin(config, challenger.build_id, who="ada", reason="once more")
+    assert stages(config)[-1] == "canary", "a person may insist"
+
+
+def test_a_rollout_that_nobody_could_watch_is_told_to_whoever_was_killed_after_it(
+        config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:
+    judged(config, challenger)
+    done = by_hand.begin(config, challenger.build_id, who="run 1", reason="by hand")
+    rollback(config, who="ada", reason="no")
+    assert by_hand.begin(config, challenger.build_id, who="run 2", reason="by hand", after=champion.n) == done
 
 
 def test_a_proposal_can_be_dropped(config: TideConfig, champion: Deployment, challenger: EngineBuild) -> None:

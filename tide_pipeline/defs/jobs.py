@@ -1,4 +1,4 @@
-"""What can be launched: one adaptation, a challenger's trial, approval, the way back, a look at the lake.
+"""What can be launched: one adaptation, a challenger's trial, a rollout by hand, approval, the way back, a look at the lake.
 
 Steps share a process; training has its own.
 """
@@ -7,12 +7,15 @@ import time
 
 import dagster as dg
 
+from tide_pipeline.contracts import ANY_WORKLOAD
+from tide_pipeline.defs.begun import TAG_JUDGED, rollout_begins, tag_begun
 from tide_pipeline.defs.hours import hour_of, look_at_hour
 from tide_pipeline.defs.keys import named
 from tide_pipeline.defs.lake import HOURS, look
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON
+from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON, TARGET
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.errors import BuildError, RegistryError
 
 # A run whose worker was killed is run again from the step that was cut off (dagster.yaml: not one whose step failed).
 RESUMED = {"dagster/max_retries": "2", "dagster/retry_strategy": "FROM_FAILURE"}
@@ -26,22 +29,45 @@ adapt_draft = dg.define_asset_job(
 
 judge_challenger = dg.define_asset_job(
     "judge_challenger", named("draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "3600", REASON: BY_HAND, **RESUMED},
+    executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED}, hooks=TAG_JUDGED,
     description="Put a registered version before the gate and, if it passes, do with it what rollout.mode says: for an alias that was "
                 "moved by hand, or with draft_engine's `version` filled in.")
+
+
+class PromotionConfig(dg.Config):
+    """Which build shall serve which workload, and why."""
+
+    build_id: str
+    workload: str = ANY_WORKLOAD           # a tag; * is every tag without a draft of its own
+    reason: str = "by hand"
+
+
+@dg.op(description="Roll out a build that passed the gate, in any mode; asks the gate's verdict again.")
+def promote_build(context: dg.OpExecutionContext, config: PromotionConfig, tide: TideResource) -> int:
+    from tide_pipeline.rollout.by_hand import begin
+
+    settings = tide.settings()
+    after = rollout_begins(context, settings, config.reason, config.workload)
+    done = begin(settings, config.build_id, workload=config.workload, who=who_runs(context), reason=config.reason, after=after,
+                 progress=context.log.info)
+    if done.groups["rest"].get(config.workload) != config.build_id:
+        raise dg.Failure(f"deployment {done.n} is {done.stage}: {done.reason}", allow_retries=False)
+    return done.n
 
 
 class ApprovalConfig(dg.Config):
     """Why what was proposed is rolled out."""
 
-    reason: str = "approved"
+    reason: str = "approved by hand"
 
 
 @dg.op(description="Roll out what the deployment record proposes; asks the gate's verdict again.")
 def approve_proposal(context: dg.OpExecutionContext, config: ApprovalConfig, tide: TideResource) -> int:
     from tide_pipeline.rollout.by_hand import approve
 
-    done = approve(tide.settings(), who=f"dagster run {context.run.run_id[:8]}", reason=config.reason, progress=context.log.info)
+    settings = tide.settings()
+    after = rollout_begins(context, settings, config.reason)
+    done = approve(settings, who=who_runs(context), reason=config.reason, after=after, progress=context.log.info)
     if done.stage != "stable":
         raise dg.Failure(f"deployment {done.n} is {done.stage}: {done.reason}", allow_retries=False)
     return done.n
@@ -57,7 +83,9 @@ class RollbackConfig(dg.Config):
 def roll_back(context: dg.OpExecutionContext, config: RollbackConfig, tide: TideResource) -> int:
     from tide_pipeline.rollout import rollback
 
-    deployment = rollback(tide.settings(), who=f"dagster run {context.run.run_id[:8]}", reason=config.reason)
+    settings = tide.settings()
+    tag_begun(context.instance, context.run, {TARGET: settings.target}, config.reason)
+    deployment = rollback(settings, who=who_runs(context), reason=config.reason)
     context.log.info(f"deployment {deployment.n} serves {deployment.groups['rest']}")
     return deployment.n
 
@@ -69,11 +97,26 @@ def follow_champion(context: dg.OpExecutionContext, deployment: int, tide: TideR
 
     config = tide.settings()
     latest = DeploymentRecord(config.state.deployments, config.target).latest()
-    if latest is not None:
+    if latest is None:
+        return
+    try:
         context.log.info(f"after deployment {deployment}: {follow_alias(config, open_registry(config), latest)}")
+    except (RegistryError, BuildError) as error:           # what is served was changed; alias_sensor looks every 30 s
+        context.log.warning(f"after deployment {deployment} aliases were not moved, the sensor will: {error}")
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "7200", REASON: "approved by hand", **RESUMED},
+def who_runs(context: dg.OpExecutionContext) -> str:
+    """For the deployment record."""
+    return f"dagster run {context.run.run_id[:8]}"
+
+
+@dg.job(executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED},
+        description="Any mode: roll out a build that passed the gate, by its id. What `tide rollout BUILD_ID` does.")
+def promote() -> None:
+    follow_champion(promote_build())
+
+
+@dg.job(executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED},
         description="Mode propose: the click that rolls out what was proposed.")
 def approve_rollout() -> None:
     follow_champion(approve_proposal())

@@ -1,4 +1,4 @@
-"""How long an adaptation may take before it counts as hung, as a tag that Dagster reads. Pure: settings in, seconds out."""
+"""How long a run may take before it counts as hung, as a tag that Dagster reads. Pure: settings in, seconds out."""
 
 from tide_pipeline.config import RolloutSettings, TideConfig
 from tide_pipeline.defs.tags import MAX_RUNTIME
@@ -15,6 +15,16 @@ def runtime_tags(config: TideConfig) -> dict[str, str]:
     if budget_s <= 0:
         return {}
     return {MAX_RUNTIME: str(int(REST_S + BUDGETS * budget_s + AWAY_STEPS * AWAY_TRIES * AWAY_S + longest_rollout_s(config.rollout)))}
+
+
+def challenger_tags(config: TideConfig) -> dict[str, str]:
+    """Of a run of judge_challenger: it fetches from the registry, trains nothing, and may roll out."""
+    return {MAX_RUNTIME: str(int(REST_S + AWAY_TRIES * AWAY_S + longest_rollout_s(config.rollout)))}
+
+
+def rollout_tags(config: TideConfig) -> dict[str, str]:
+    """Of a run that only rolls out: approve_rollout, promote."""
+    return {MAX_RUNTIME: str(int(REST_S + longest_rollout_s(config.rollout)))}
 
 
 def longest_rollout_s(settings: RolloutSettings) -> float:

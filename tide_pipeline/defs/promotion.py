@@ -17,7 +17,7 @@ from tide_pipeline.defs.episodes import LEAD_S
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, COLLECTED, JUDGED, split, without_waiting
-from tide_pipeline.defs.tags import PASSED
+from tide_pipeline.defs.tags import PASSED, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError, TideError
 
@@ -84,7 +84,7 @@ def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterato
     key, verdict = served_key(settings, asked.workload), load_verdict(settings, build.build_id)
     who, reason = f"dagster run {context.run.run_id[:8]}", asked.reason or "launched by hand"
     if verdict.passed:
-        context.instance.add_run_tags(context.run.run_id, {PASSED: build.build_id})
+        context.instance.add_run_tags(context.run.run_id, {PASSED: build.build_id, TARGET: settings.target, WORKLOAD: asked.workload})
     if mode is Mode.OBSERVE:
         context.log.info(f"{build.draft_version} passed the gate and is not deployed: rollout.mode is observe. "
                          f"`tide rollout {build.build_id}` does it by hand")

@@ -1,4 +1,4 @@
-"""Watch every rollout, and put back aliases that somebody moved. Looks, writes at most one record, gets out.
+"""Watch every rollout, tell Dagster what is served, and put back aliases that somebody moved. Looks, writes at most one record, gets out.
 
 A run or a terminal that began a rollout drives it too, until it is killed or closed. Two drivers are as good as one (rollout/drive.py), and
 no list of runs tells whether one of them still watches: one that trains does not.
@@ -11,8 +11,10 @@ import dagster as dg
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.defs.jobs import judge_challenger
+from tide_pipeline.defs.limits import challenger_tags
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.tags import MAX_RUNTIME, REASON, TARGET, WORKLOAD
+from tide_pipeline.defs.served import untold
+from tide_pipeline.defs.tags import REASON, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 
@@ -23,11 +25,14 @@ WHO = "rollout sensor"
 
 
 @dg.sensor(name="rollout_sensor", minimum_interval_seconds=5, default_status=dg.DefaultSensorStatus.RUNNING,
-           description="Advances any rollout: bake, steps, end or the way back. One record at most at a time.")
-def rollout_sensor(tide: TideResource) -> dg.SkipReason:
-    advanced = _driver(tide.settings()).advance()
+           description="Advances any rollout: bake, steps, end or the way back. One record at most at a time. "
+                       "What is served is told as live_draft, where no run of it did.")
+def rollout_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.SensorResult:
+    config = tide.settings()
+    advanced = _driver(config).advance()
     wrote = f"wrote deployment {advanced.deployment.n}: " if advanced.wrote and advanced.deployment else ""
-    return dg.SkipReason(f"{wrote}{advanced.action.reason}")
+    return dg.SensorResult(skip_reason=f"{wrote}{advanced.action.reason}",
+                           asset_events=untold(context.instance, config, advanced.deployment))
 
 
 @dg.sensor(name="alias_sensor", job=judge_challenger, minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING,
@@ -53,7 +58,7 @@ def alias_sensor(tide: TideResource) -> dg.SensorResult:
     return dg.SensorResult(run_requests=[dg.RunRequest(
         run_key=f"{config.target}/challenger/{asked.version}/{asked.requested_at}",
         run_config={"ops": {"draft_engine": {"config": {"version": asked.version}}}},
-        tags={TARGET: config.target, WORKLOAD: asked.workload, REASON: reason, MAX_RUNTIME: "3600"})])
+        tags={TARGET: config.target, WORKLOAD: asked.workload, REASON: reason, **challenger_tags(config)})])
 
 
 @functools.lru_cache(maxsize=8)
