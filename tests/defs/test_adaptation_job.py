@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import socket
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,6 +211,53 @@ def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, inst
             time.sleep(0.1)
     latest = record.latest()
     assert latest is not None and (latest.who, latest.stage) == ("rollout sensor", "stable")
+
+
+def test_a_lake_that_can_not_be_listed_is_waited_for(config: TideConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the trainer, a process of its own, and by the gate. What was trained is judged, and nothing fails."""
+    recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
+    for module in ("draft", "trainer"):
+        monkeypatch.setattr(f"tide_pipeline.defs.{module}.AWAY_S", 1.5)
+    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code"}}}}
+    steps, run_id = [dg.AssetKey("draft_checkpoint"), dg.AssetKey("benchmark_report")], str(uuid.uuid4())
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance, no_lake(config, instance, run_id):
+        trained = job().execute_in_process(asset_selection=steps[:1], run_id=run_id, run_config=asked, instance=instance)
+        run = instance.get_run_by_id(run_id)
+        assert trained.success and retried(instance, run_id) == {"draft_checkpoint"}
+        assert run is not None and run.tags["tide/worker"] == f"{socket.gethostname()}/{os.getpid()}", "the janitor looks there"
+    others = [dg.AssetKey("registered_draft"), dg.AssetKey("draft_engine")]
+    assert job().execute_in_process(asset_selection=others, run_id=run_id).success
+    (tmp_path / "last").mkdir()                                # a run id is taken once
+    with dg.DagsterInstance.local_temp(str(tmp_path / "last")) as instance, no_lake(config, instance, run_id):
+        judged = job().execute_in_process(asset_selection=steps[1:], run_id=run_id, instance=instance)
+        assert judged.success and retried(instance, run_id) == {"benchmark_report"}
+
+
+@contextlib.contextmanager
+def no_lake(config: TideConfig, instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """The signals are elsewhere and a file lies in their place, until a step of the run is tried again."""
+    signals, aside, ended = config.state.lake / "signals", config.state.lake / "aside", threading.Event()
+    assert isinstance(signals, Path)
+    signals.rename(aside)
+    signals.write_text("not a folder")
+
+    def put_back() -> None:
+        while not ended.wait(0.2) and not retried(instance, run_id):
+            pass
+        signals.unlink()
+        aside.rename(signals)
+
+    thread = threading.Thread(target=put_back)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def retried(instance: dg.DagsterInstance, run_id: str) -> set[str | None]:
+    return {event.step_key for event in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)}
 
 
 def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> tuple[dg.ExecuteInProcessResult, str]:

@@ -5,4 +5,5 @@ SINCE, UNTIL = "tide/since", "tide/until"  # of a draft over a past window, UTC
 DRIFTED_AT = "tide/drifted_at"             # Unix seconds of the verdict
 PASSED = "tide/passed"                     # id of the build that passed the gate in this run, whatever became of it then
 BY_HAND = "launched by hand"               # the reason where nobody gave another
+WORKER = "tide/worker"                     # host name and process id of what executes the run, said by itself
 MAX_RUNTIME = "dagster/max_runtime"        # seconds; run monitoring fails a run that is still going then
