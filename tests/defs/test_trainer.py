@@ -17,6 +17,7 @@ from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.adaptation import Adaptation, Request
 from tide_pipeline.defs.draft import AdaptConfig, understood
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
@@ -25,7 +26,6 @@ from tide_pipeline.defs.trainer import (
     training_command,
     training_environment,
 )
-from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.errors import BuildError, SettingsError
 from tide_pipeline.training.launch import AWAY as AWAY_CODE
 from tide_pipeline.training.launch import launch
@@ -115,7 +115,7 @@ def test_tries_that_waited_are_told_from_crashes() -> None:
     def ending() -> None:
         for end in ends:
             assert isinstance(end, dg.RetryRequested)
-            raise dg.RetryRequested(max_retries=9, seconds_to_wait=min(end.seconds_to_wait or 0.0, 1.1))
+            raise dg.RetryRequested(max_retries=9, seconds_to_wait=0.1 if end.seconds_to_wait == AWAY_S else end.seconds_to_wait)
 
     @dg.job(executor_def=dg.in_process_executor)
     def training() -> None:

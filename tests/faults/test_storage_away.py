@@ -29,7 +29,9 @@ from tide_pipeline.serve.process import choose_ports
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 FULL_S, SILENT_S = 8.0, 60.0
-EVENTS = "query Log($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { __typename ... on MessageEvent { stepKey } } } } }"
+EVENTS = """
+query Log($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { __typename ... on MessageEvent { stepKey } } } } }
+"""
 
 
 @pytest.fixture

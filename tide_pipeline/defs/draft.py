@@ -127,13 +127,18 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
 
 
 @contextlib.contextmanager
-def waiting_while_away() -> Iterator[None]:
-    """A registry or a storage that is away for minutes costs minutes, and no training. What is refused would be refused again."""
+def waiting_while_away(tried: int = 0) -> Iterator[None]:
+    """A registry or a storage that is away for minutes costs minutes, and no training. What is refused would be refused again.
+
+    `tried`: how often the step was tried again, where somebody must be told why it came to nothing.
+    """
     from tide_pipeline.errors import LakeAway, RegistryAway
 
     try:
         yield
     except (LakeAway, RegistryAway) as error:
+        if tried >= AWAY_TRIES:
+            raise
         raise dg.RetryRequested(max_retries=AWAY_TRIES, seconds_to_wait=AWAY_S) from error
 
 

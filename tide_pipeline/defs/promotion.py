@@ -36,7 +36,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     asked = adaptation.request()
-    with answering(context, settings, adaptation), waiting_while_away():
+    with answering(context, settings, adaptation), waiting_while_away(context.retry_number):
         report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
                           focus_since=asked.focus_since, replays=adaptation.replays)
     tell_registry(context, settings, adaptation, report.verdict)
