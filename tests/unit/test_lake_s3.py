@@ -33,6 +33,8 @@ from tide_pipeline.config import CaptureSettings, TideConfig, override
 from tide_pipeline.drift.shards import Part, find_damage, readable_shards
 from tide_pipeline.drift.views import query, read
 from tide_pipeline.errors import LakeAway, LakeError
+from tide_pipeline.training.places import WindowReader
+from tide_pipeline.training.stream import read_or_fail
 
 FACTS = EngineFacts(ENGINE, HIDDEN, TAPS)
 
@@ -216,6 +218,7 @@ def test_shards_of_a_bucket_that_went_away_are_not_taken_for_damaged(own_server:
     looks = [lambda: live_shards(lake / "signals", TARGET), lambda: list_windows(lake / "signals", TARGET),
              lambda: read_tombstones(lake / "signals"), lambda: list(read_states(windows)),
              lambda: readable_shards(lake / "acceptance", TARGET, ACCEPTANCE_SCHEMA, part),
+             lambda: list(read_or_fail(WindowReader([lake / "signals"], TARGET), windows)),
              lambda: find_damage(lake / "acceptance", TARGET, part), lambda: read(config, "select count(*) from acceptance", {})]
     _, port = own_server.get_host_and_port()
     own_server.stop()
