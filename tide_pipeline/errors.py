@@ -9,6 +9,7 @@ TideError
 ├── CheckpointError          a draft or target folder is missing or malformed
 │   └── EngineMismatch       it belongs to another target or engine
 ├── LakeError                the signal lake can't be read or written
+│   ├── LakeAway             its storage does not answer, or not now: later it may
 │   ├── CorruptShard
 │   └── NotEnoughSignals
 ├── TrainingFailed           training stopped: NaN, exploding loss, no time left
@@ -54,6 +55,9 @@ class EngineMismatch(CheckpointError): ...
 
 
 class LakeError(TideError): ...
+
+
+class LakeAway(LakeError): ...
 
 
 class CorruptShard(LakeError): ...

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import socket
+import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -192,6 +197,21 @@ def test_a_request_that_can_not_be_judged_is_answered(config: TideConfig, instan
     assert not done.success and answer.startswith("failed: ") and "'never asked'" in answer
 
 
+def test_a_request_for_which_the_lake_stayed_away_is_answered(
+        config: TideConfig, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last try, and not before."""
+    registry, run_id = open_registry(config), str(uuid.uuid4())
+    version = registry.list()[0].version
+    registry.tag(version, {"request": "waiting", "requested_at": "1.0", "requested_for": "code"})
+    for name, value in (("AWAY_TRIES", 1), ("AWAY_S", 0.5)):
+        monkeypatch.setattr(f"tide_pipeline.defs.draft.{name}", value)
+    with no_lake(config, lambda: False):
+        done = defs().resolve_job_def("judge_challenger").execute_in_process(
+            instance=instance, run_id=run_id, run_config={"ops": {"draft_engine": {"config": {"version": version}}}}, raise_on_error=False)
+    assert not done.success and retried(instance, run_id) == {"benchmark_report"}
+    assert registry.get(version).tags["request"].startswith("failed: can't list ")
+
+
 def test_a_registry_that_is_away_costs_the_alias_and_no_draft(config: TideConfig) -> None:
     draft, context = open_registry(config).list()[-1], dg.build_asset_context()
     name_challenger(context, Registry("http://127.0.0.1:9", config.target), draft)
@@ -211,6 +231,53 @@ def test_a_rollout_whose_run_was_killed_is_gone_on_with(config: TideConfig, inst
             time.sleep(0.1)
     latest = record.latest()
     assert latest is not None and (latest.who, latest.stage) == ("rollout sensor", "stable")
+
+
+def test_a_lake_that_can_not_be_listed_is_waited_for(config: TideConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the trainer, a process of its own, and by the gate. What was trained is judged, and nothing fails."""
+    recipes.freeze(config, Path(config.engines_dir).parent / "settings.toml")
+    for module in ("draft", "trainer"):
+        monkeypatch.setattr(f"tide_pipeline.defs.{module}.AWAY_S", 1.5)
+    asked = {"ops": {"draft_checkpoint": {"config": {"workload": "code"}}}}
+    steps, run_id = [dg.AssetKey("draft_checkpoint"), dg.AssetKey("benchmark_report")], str(uuid.uuid4())
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance, no_lake(config, lambda: bool(retried(instance, run_id))):
+        trained = job().execute_in_process(asset_selection=steps[:1], run_id=run_id, run_config=asked, instance=instance)
+        run = instance.get_run_by_id(run_id)
+        assert trained.success and retried(instance, run_id) == {"draft_checkpoint"}
+        assert run is not None and run.tags["tide/worker"] == f"{socket.gethostname()}/{os.getpid()}", "the janitor looks there"
+    others = [dg.AssetKey("registered_draft"), dg.AssetKey("draft_engine")]
+    assert job().execute_in_process(asset_selection=others, run_id=run_id).success
+    (tmp_path / "last").mkdir()                                # a run id is taken once
+    with dg.DagsterInstance.local_temp(str(tmp_path / "last")) as instance, no_lake(config, lambda: bool(retried(instance, run_id))):
+        judged = job().execute_in_process(asset_selection=steps[1:], run_id=run_id, instance=instance)
+        assert judged.success and retried(instance, run_id) == {"benchmark_report"}
+
+
+@contextlib.contextmanager
+def no_lake(config: TideConfig, is_enough: Callable[[], bool]) -> Iterator[None]:
+    """The signals are elsewhere and a file lies in their place, until the block ends or it is enough."""
+    signals, aside, ended = config.state.lake / "signals", config.state.lake / "aside", threading.Event()
+    assert isinstance(signals, Path)
+    signals.rename(aside)
+    signals.write_text("not a folder")
+
+    def put_back() -> None:
+        while not ended.wait(0.2) and not is_enough():
+            pass
+        signals.unlink()
+        aside.rename(signals)
+
+    thread = threading.Thread(target=put_back)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def retried(instance: dg.DagsterInstance, run_id: str) -> set[str | None]:
+    return {event.step_key for event in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)}
 
 
 def rolled_out(config: TideConfig, instance: dg.DagsterInstance) -> tuple[dg.ExecuteInProcessResult, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,11 @@ import pytest
 from dagster._core.events import EngineEventData
 
 from tide_pipeline.definitions import defs
-from tide_pipeline.defs.janitor import LAUNCHED_BY, is_alive, janitor_sensor
+from tide_pipeline.defs.janitor import is_alive, janitor_sensor
+from tide_pipeline.defs.tags import WORKER
+from tide_pipeline.defs.whereabouts import LAUNCHED_BY, means_this_machine_alone, say_where
 
+ELSEWHERE = "198.51.100.7"         # kept for documentation: no machine has it
 HERE = {LAUNCHED_BY: json.dumps({"host": "localhost", "socket": "/somewhere"})}
 
 
@@ -82,6 +86,49 @@ def test_workers_of_other_machines_are_not_judged(instance: dg.DagsterInstance, 
     elsewhere = started(instance, gone, tags)
     assert "0 without a worker" in sweep(instance)
     assert status(instance, elsewhere) == dg.DagsterRunStatus.STARTED
+
+
+@pytest.fixture
+def code_host(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name of this machine by which, as in Compose, daemon and webserver find the code server."""
+    import psutil
+
+    addresses = [a.address for interface in psutil.net_if_addrs().values() for a in interface if a.family == socket.AF_INET]
+    name = next((n for n in (socket.gethostname(), *addresses) if n not in ("localhost", "127.0.0.1") and means_this_machine_alone(n)), "")
+    if not name:
+        pytest.skip("this machine knows itself by no name or address but localhost")
+    monkeypatch.setenv("TIDE_DAGSTER_CODE_HOST", name)
+    return name
+
+
+def launched_by(host: str, worker: str) -> dict[str, str]:
+    return {LAUNCHED_BY: json.dumps({"host": host, "port": 4000}), WORKER: worker}
+
+
+def test_a_worker_beside_a_code_server_that_others_know_by_name(instance: dg.DagsterInstance, gone: int, code_host: str) -> None:
+    lost = started(instance, gone, launched_by(code_host, f"{socket.gethostname()}/{gone}"))
+    alive = started(instance, os.getpid(), launched_by(code_host, ""))
+    say_where(instance, alive)
+    assert sweep(instance) == f"2 runs in progress, 1 without a worker, failed: {lost}"
+    assert status(instance, alive) == dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize("worker", ["", "another-machine/{gone}", "{here}/1"],
+                         ids=["it has not said where", "it was on the machine that had the name before", "inherited from the run before"])
+def test_a_worker_that_may_be_elsewhere_is_not_judged(instance: dg.DagsterInstance, gone: int, code_host: str, worker: str) -> None:
+    run_id = started(instance, gone, launched_by(code_host, worker.format(gone=gone, here=socket.gethostname())))
+    assert "0 without a worker" in sweep(instance)
+    assert status(instance, run_id) == dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize("name", [ELSEWHERE, "no-such-host.invalid"])
+def test_a_name_that_means_no_machine_or_another(
+        instance: dg.DagsterInstance, gone: int, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two machines may have the same host name."""
+    monkeypatch.setenv("TIDE_DAGSTER_CODE_HOST", name)
+    run_id = started(instance, gone, launched_by(name, f"{socket.gethostname()}/{gone}"))
+    assert "0 without a worker" in sweep(instance)
+    assert status(instance, run_id) == dg.DagsterRunStatus.STARTED
 
 
 def test_steps_that_ended_are_not_the_worker(instance: dg.DagsterInstance, gone: int) -> None:

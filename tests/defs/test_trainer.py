@@ -17,14 +17,18 @@ from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.definitions import defs
 from tide_pipeline.defs.adaptation import Adaptation, Request
 from tide_pipeline.defs.draft import AdaptConfig, understood
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
     last_words_of,
+    times_waited,
     training_command,
     training_environment,
 )
 from tide_pipeline.errors import BuildError, SettingsError
+from tide_pipeline.training.launch import AWAY as AWAY_CODE
+from tide_pipeline.training.launch import launch
 
 CHAMPION = EngineBuild("0123456789abcdef", "pocket", "embedded", "/builds/0123456789abcdef", "v3-11112222", "d" * 64, "e" * 64, 0.0)
 
@@ -87,11 +91,49 @@ def test_a_device_that_is_not_ours_is_refused(adaptation: Adaptation) -> None:
         training_environment(config, adaptation, {"CUDA_VISIBLE_DEVICES": "4,6"})
 
 
-@pytest.mark.parametrize(("code", "again"), [(-9, True), (130, True), (1, False), (2, False)])
-def test_only_a_crash_is_tried_again(code: int, again: bool) -> None:
+@pytest.mark.parametrize(("code", "again"), [(-9, True), (130, True), (75, True), (1, False), (2, False)])
+def test_a_crash_is_tried_again_and_a_storage_that_is_away(code: int, again: bool) -> None:
     end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"), "LakeError: empty")
     assert isinstance(end, dg.RetryRequested if again else dg.Failure)
     assert again or end.description == "LakeError: empty"
+
+
+def test_a_storage_that_is_away_is_waited_for_and_costs_no_crash_its_second_try() -> None:
+    def ended(code: int, waited: int = 0) -> dg.RetryRequested:
+        end = after_a_failed_training(DagsterPipesExecutionError(f"External execution process failed with code {code}"), "", waited)
+        assert isinstance(end, dg.RetryRequested)
+        return end
+
+    assert (ended(75).max_retries, ended(75).seconds_to_wait) == (AWAY_TRIES, AWAY_S)
+    assert ended(-9).max_retries == 1 and ended(-9, waited=3).max_retries == 4, "Dagster counts the three as tries, too"
+
+
+def test_tries_that_waited_are_told_from_crashes() -> None:
+    ends = iter([after_a_failed_training(DagsterPipesExecutionError(f"failed with code {code}"), "") for code in (75, -9, 75)])
+
+    @dg.op
+    def ending() -> None:
+        for end in ends:
+            assert isinstance(end, dg.RetryRequested)
+            raise dg.RetryRequested(max_retries=9, seconds_to_wait=0.1 if end.seconds_to_wait == AWAY_S else end.seconds_to_wait)
+
+    @dg.job(executor_def=dg.in_process_executor)
+    def training() -> None:
+        ending()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = training.execute_in_process(instance=instance)
+        assert done.success and times_waited(instance, done.run_id) == 2
+
+
+def test_a_team_ends_for_the_storage_when_any_of_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others fail for want of the first one: what they say is not why."""
+    (tmp_path / "tide_pipeline").mkdir()
+    (tmp_path / "tide_pipeline" / "__init__.py").touch()
+    (tmp_path / "tide_pipeline" / "training.py").write_text("import os; raise SystemExit([75, 1][int(os.environ['RANK'])])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert launch(2, []) == AWAY_CODE == 75
 
 
 def test_what_the_trainer_gave_as_its_reason() -> None:

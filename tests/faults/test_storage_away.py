@@ -1,4 +1,7 @@
-"""A disk that fills up and a bucket that stops answering, under a real replica: answers go on, what was committed stays, the rest comes."""
+"""A disk that fills up and a bucket that stops answering, under a real replica: answers go on, what was committed stays, the rest comes.
+
+And a bucket that stops answering an adaptation: what was trained waits for it, and is judged once it is back.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from pathlib import Path
 import inject
 import pytest
 
-from tests.faults.converged import assert_lake, look, serves_the_record
+from tests.faults.converged import assert_converged, assert_lake, look, serves_the_record
 from tests.faults.load import Load
-from tests.faults.loop import Loop, tiny_loop, until
+from tests.faults.loop import PATIENCE_S, Loop, tiny_loop, until
 from tide_pipeline.config import StackSettings
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.drift.views import query
@@ -26,6 +29,9 @@ from tide_pipeline.serve.process import choose_ports
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 FULL_S, SILENT_S = 8.0, 60.0
+EVENTS = """
+query Log($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { __typename ... on MessageEvent { stepKey } } } } }
+"""
 
 
 @pytest.fixture
@@ -133,6 +139,32 @@ def test_a_bucket_that_is_silent_for_a_minute_costs_no_answer(tmp_path: Path, bu
         print(f"FAULT silent bucket: {SILENT_S:.0f} s, {answered_then} requests answered then, longest wait for a token {gap_s:.1f} s; "
               f"{logged} of {last} in the log {after_s:.1f} s after it answered again")
         assert_lake(loop, before)
+
+
+def test_a_bucket_that_is_silent_longer_than_the_gate_has_patience(tmp_path: Path, bucket: subprocess.Popen[bytes]) -> None:
+    """From before the gate asks for its windows until it has given up on them: the client tries three times, for half a minute each."""
+    with tiny_loop(tmp_path, {"lake": "s3://tide/lake"}) as loop:
+        until(lambda: len(_names(loop, "before")) == 24, "the traffic before is not in the bucket")
+        before, run_id = look(loop), loop.launch("bucket away")
+        loop.await_step(run_id, "registered_draft")
+        bucket.send_signal(signal.SIGSTOP)
+        silent_at = time.monotonic()
+        until(lambda: "benchmark_report" in _retried(loop, run_id), "the gate did not ask for another try", seconds=2 * PATIENCE_S)
+        silent_s = time.monotonic() - silent_at
+        assert loop.run(run_id).status == "STARTED"
+        bucket.send_signal(signal.SIGCONT)
+        back_at = time.monotonic()
+        view = loop.await_success(run_id)
+        assert view.run_id == run_id and _retried(loop, run_id) == {"benchmark_report"}, "trained once, and no attempt was lost"
+        ended_s = time.monotonic() - back_at
+        print(f"FAULT silent bucket at the gate: {silent_s:.0f} s, the run ended {ended_s:.1f} s after it answered again, "
+              f"converged after {assert_converged(loop, before):.1f} s")
+
+
+def _retried(loop: Loop, run_id: str) -> set[str]:
+    """Steps that were, or will be, tried again."""
+    events = loop.graphql(EVENTS, {"id": run_id}).get("logsForRun", {}).get("events", [])
+    return {event["stepKey"] for event in events if event["__typename"] == "ExecutionStepUpForRetryEvent"}
 
 
 def _names(loop: Loop, prefix: str) -> set[str]:

@@ -19,17 +19,22 @@ from moto import server
 
 from tests.fakes_capture import ENGINE, HIDDEN, TAPS, TARGET, FakeEngine, make_recorder
 from tide_pipeline.capture import store as store_module
-from tide_pipeline.capture.compact import compact
+from tide_pipeline.capture.compact import _damage, compact
 from tide_pipeline.capture.delete import delete
+from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import live_shards, survey
 from tide_pipeline.capture.reader import list_windows, read_states
 from tide_pipeline.capture.retain import Retention, retain
-from tide_pipeline.capture.store import open_store
+from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA
+from tide_pipeline.capture.store import away, is_away, open_store
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.capture.verify import EngineFacts, verify_acceptance, verify_signals
 from tide_pipeline.config import CaptureSettings, TideConfig, override
-from tide_pipeline.drift.views import query
-from tide_pipeline.errors import LakeError
+from tide_pipeline.drift.shards import Part, find_damage, readable_shards
+from tide_pipeline.drift.views import query, read
+from tide_pipeline.errors import LakeAway, LakeError
+from tide_pipeline.training.places import WindowReader
+from tide_pipeline.training.stream import read_or_fail
 
 FACTS = EngineFacts(ENGINE, HIDDEN, TAPS)
 
@@ -187,6 +192,64 @@ def test_storage_that_does_not_answer(bucket: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.meta.endpoint_url)
     recorder.close()
     assert recorder.stats()["queued_acceptance_rows"] == recorder.stats()["dropped_acceptance_rows"] == 0
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[server.ThreadedMotoServer]:
+    """A server that a test may stop and start again on its port, and a client that gives up after a second."""
+    monkeypatch.setattr(store_module, "S3_TIMEOUT_S", (1.0, 1.0))
+    monkeypatch.setattr(store_module, "S3_ATTEMPTS", 1)
+    moto = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    for name, value in (("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="of-its-own")
+    yield moto
+    moto.stop()
+
+
+def test_shards_of_a_bucket_that_went_away_are_not_taken_for_damaged(own_server: server.ThreadedMotoServer, config: TideConfig) -> None:
+    config = override(config, {"lake": "s3://of-its-own/tide"})
+    lake, part = config.state.lake, Part()
+    write(lake, "acme_1")
+    (logged,), (shard,) = live_shards(lake / "acceptance", TARGET), live_shards(lake / "signals", TARGET)
+    windows = list_windows(lake / "signals", TARGET).windows
+    looks = [lambda: live_shards(lake / "signals", TARGET), lambda: list_windows(lake / "signals", TARGET),
+             lambda: read_tombstones(lake / "signals"), lambda: list(read_states(windows)),
+             lambda: readable_shards(lake / "acceptance", TARGET, ACCEPTANCE_SCHEMA, part),
+             lambda: list(read_or_fail(WindowReader([lake / "signals"], TARGET), windows)),
+             lambda: find_damage(lake / "acceptance", TARGET, part), lambda: read(config, "select count(*) from acceptance", {})]
+    _, port = own_server.get_host_and_port()
+    own_server.stop()
+    for look in looks:
+        with pytest.raises(LakeAway, match="s3://of-its-own/tide/"):
+            look()
+    for one in (logged, shard):
+        with pytest.raises(OSError, match="AWS Error") as raised:
+            _damage(one)
+        assert is_away(raised.value) and isinstance(away(one, raised.value), LakeAway)
+    own_server._port = int(port)
+    own_server.start()
+    for look in looks:
+        look()
+    assert not _damage(logged) and windows_in(shard, TARGET) == tuple(windows) and requests_in(lake) == {"acme_1": 1}
+    assert readable_shards(lake / "acceptance", TARGET, ACCEPTANCE_SCHEMA, part) == ([logged], [])
+
+
+def test_what_is_damaged_or_denied_is_not_away() -> None:
+    assert not is_away(OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"))
+    assert not is_away(OSError(5, "Input/output error")) and not is_away(PermissionError(13, "Permission denied"))
+    assert not is_away(OSError("When reading information for key 'k' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation"))
+    assert is_away(OSError(116, "Stale file handle")) and is_away(TimeoutError(110, "Connection timed out"))
+    assert is_away(OSError("When reading 'k' in bucket 'b': AWS Error UNKNOWN (HTTP status 503) during GetObject operation"))
+
+
+@pytest.mark.parametrize("ask", [live_shards, list_windows])
+def test_a_folder_that_can_not_be_listed(tmp_path: Path, ask: Any) -> None:
+    (tmp_path / "signals").write_text("not a folder")
+    with pytest.raises(LakeAway, match=r"can't list .*signals"):
+        ask(tmp_path / "signals", TARGET)
 
 
 def test_a_lake_in_another_folder(tmp_path: Path) -> None:

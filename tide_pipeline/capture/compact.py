@@ -17,7 +17,7 @@ from tide_pipeline.capture.layout import Listing, superseded_by, survey, targets
 from tide_pipeline.capture.lease import Lease, maintenance
 from tide_pipeline.capture.names import hour_end, is_compact
 from tide_pipeline.capture.rewrite import read_groups, remove, replace
-from tide_pipeline.capture.store import Root, Stored, open_store
+from tide_pipeline.capture.store import Root, Stored, is_away, open_store
 from tide_pipeline.capture.sweep import DATASETS, LEFTOVER_S, SETTLE_S, Dataset, Swept, sweep
 
 TARGET_BYTES = 48 * 2**20          # of a compacted shard: it must fit an object of a bucket
@@ -104,5 +104,7 @@ def _damage(shard: Stored) -> str:
         for _ in read_groups(shard):
             pass
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if is_away(error):
+            raise
         return str(error)
     return ""

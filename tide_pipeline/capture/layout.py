@@ -28,8 +28,8 @@ from tide_pipeline.capture.names import (
     written_at,
 )
 from tide_pipeline.capture.sink import is_leftover
-from tide_pipeline.capture.store import Root, Store, Stored, open_store
-from tide_pipeline.errors import LakeError
+from tide_pipeline.capture.store import Root, Store, Stored, is_away, open_store
+from tide_pipeline.errors import LakeAway, LakeError
 
 __all__ = ["SUPERSEDES_KEY", "TARGET_KEY", "Listing", "Vanished", "live_shards", "scan", "settled", "survey", "targets", "written_at"]
 
@@ -60,7 +60,7 @@ def live_shards(root: Root, target: str, since: float | None = None, until: floa
     """Complete shards of `root` (a dataset's folder or s3:// URI) that count, oldest first; [] where there are none.
 
     With `since` (Unix seconds), those that can hold rows closed at or after it; with `until`, those of hours that began before it.
-    Raises LakeError when the lake can't be listed.
+    Raises LakeAway when the lake can't be listed.
     """
     return survey(root, target, since, until).live
 
@@ -95,7 +95,7 @@ def _listing(root: Root) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LakeError(f"can't list {root}: {error}; check that it is there and readable by this user") from error
+        raise LakeAway(f"can't list {root}: {error}; check that it is there and readable by this user") from error
 
 
 def first_day(root: Root, target: str) -> float | None:
@@ -117,7 +117,8 @@ def settled(read: Callable[[], T]) -> T:
 
 def targets(root: Root) -> list[str]:
     """Targets that have a folder in this dataset."""
-    return sorted(target_of(key) for key in open_store(root).folders() if key.startswith("target="))
+    with _listing(root):
+        return sorted(target_of(key) for key in open_store(root).folders() if key.startswith("target="))
 
 
 def superseded_by(shard: Stored) -> frozenset[str]:
@@ -140,6 +141,8 @@ def _survey(store: Store, parts: Sequence[str], since: float | None) -> Listing:
             except FileNotFoundError as error:
                 raise Vanished(f"{file} was replaced while the lake was listed, again and again: wait for the maintenance") from error
             except (OSError, ValueError, pa.ArrowException) as error:
+                if is_away(error):
+                    raise
                 reason = f"unreadable: {error}"
             if reason:
                 found.skipped.append((file, reason))

@@ -22,7 +22,7 @@ from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
 from tide_pipeline.capture.newest import Newest, RowCount
 from tide_pipeline.capture.schema import bf16_tensor
-from tide_pipeline.capture.store import Root, Stored, open_uri
+from tide_pipeline.capture.store import Root, Stored, away, is_away, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
@@ -82,7 +82,7 @@ def list_windows(signals_root: Root, target: str, *, workloads: Collection[str] 
 
     Raises:
         NotEnoughSignals: the lake holds nothing at all for this target.
-        LakeError: the lake can't be listed.
+        LakeAway: the lake can't be listed or read now.
     """
     def wanted(window: SignalWindow) -> bool:
         return ((workloads is None or window.workload in workloads) and (since is None or window.closed_at >= since)
@@ -178,6 +178,7 @@ def read_states(windows: Sequence[SignalWindow], *, strict: bool = False,
     """States of `windows`, shard by shard (each opened once, one row group in memory at a time), each checked against its digest.
 
     A window that is damaged or gone is passed to `on_skip` (default: a warning in the log); with `strict` it raises CorruptShard.
+    Raises LakeAway where the storage does not answer: then nothing is wrong with any window.
     """
     by_shard: dict[str, list[SignalWindow]] = {}
     for window in windows:
@@ -214,6 +215,8 @@ def _readable_windows(shard: Stored, target: str, skipped: list[tuple[Stored, st
     except FileNotFoundError as error:
         raise Vanished(f"{shard} was replaced while it was read: list the windows again") from error
     except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if is_away(error):
+            raise away(shard, error) from error
         skipped.append((shard, str(error)))
         return ()
 
@@ -236,6 +239,8 @@ def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[Sign
     except FileNotFoundError:
         reason = "the shard is gone (compacted or deleted): list the windows again"
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if is_away(error):
+            raise away(uri, error) from error
         reason = f"unreadable: {error}"
     for window in left:
         yield window, reason

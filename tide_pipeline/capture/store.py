@@ -7,8 +7,10 @@ to 5 MiB, above that one multipart upload, which S3 shows when it is complete.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from pyarrow import fs
 from tide_pipeline.capture.checksums import file_crc
 from tide_pipeline.capture.names import sealed
 from tide_pipeline.capture.sink import Fill, Sink, put_local
-from tide_pipeline.errors import LakeError
+from tide_pipeline.errors import LakeAway, LakeError
 
 Root = str | os.PathLike[str]              # a folder, or s3://bucket/prefix
 
@@ -28,6 +30,12 @@ MAX_OBJECT = 64 * 2**20                    # bytes of one object in a bucket
 ONE_PUT = 5 * 2**20                        # above it pyarrow makes an upload of several parts
 S3_TIMEOUT_S = (5.0, 30.0)                 # to connect, and for a request
 S3_ATTEMPTS = 3
+
+# What is wrong with the storage and not with one file. EIO is not among them: a bad sector gives it too.
+_AWAY = {errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+         errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ESHUTDOWN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO}
+_BUCKET_AWAY = re.compile(r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|"
+                          r"\w+ \(HTTP status (5\d\d|429)\))")
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,16 @@ def open_uri(uri: str) -> Any:
     """The file that `Stored.uri` named."""
     folder, _, name = uri.rpartition("/")
     return open_store(folder).open(name)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether reading one file failed because its storage did not answer. What is damaged or denied is not away."""
+    return (isinstance(error, OSError) and error.errno in _AWAY) or _BUCKET_AWAY.search(str(error)) is not None
+
+
+def away(file: object, error: BaseException) -> LakeAway:
+    """What to raise then."""
+    return LakeAway(f"can't read {file} now: {error}; see whether its storage runs and can be reached from this host")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
     last_words_of,
+    times_waited,
     training_command,
     training_environment,
 )
@@ -47,7 +48,8 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
                      trainer: dg.PipesSubprocessClient) -> dg.MaterializeResult:
     """An EAGLE-3 draft trained on captured windows of one workload, warm-started from the draft that serves it now.
 
-    Training is a process of its own on the training devices. One that is killed goes on from its last snapshot.
+    Training is a process of its own on the training devices. One that is killed goes on from its last snapshot, and so does one that
+    found the lake's storage away.
     """
     settings = tide.settings()
     adaptation = adaptation_of(context, tide)
@@ -61,7 +63,8 @@ def draft_checkpoint(context: dg.AssetExecutionContext, config: AdaptConfig, tid
         with meanwhile(lambda: replay_champion(settings, adaptation, champion)):
             done = trainer.run(context=context, command=command, env=training_environment(settings, adaptation))
     except DagsterPipesExecutionError as error:
-        raise after_a_failed_training(error, last_words_of(context.instance, context.run.run_id)) from error
+        run = context.instance, context.run.run_id
+        raise after_a_failed_training(error, last_words_of(*run), times_waited(*run)) from error
     adaptation.mark(**{TRAINED: time.time()})
     return done.get_materialize_result()
 
@@ -77,7 +80,7 @@ def registered_draft(context: dg.AssetExecutionContext, tide: TideResource) -> d
     lineage = {"dagster_run_id": context.run.root_run_id or context.run.run_id, "workload": asked.workload, "reason": asked.reason,
                **Span.of(asked.since, asked.until).facts}
     registry = open_registry(tide.settings())
-    with waiting_for_mlflow():
+    with waiting_while_away():
         draft = registry.register(checkpoint, lineage=lineage)
     adaptation.save("registered", draft)
     name_challenger(context, registry, draft)
@@ -109,7 +112,7 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     registry = open_registry(settings)
-    with waiting_for_mlflow():
+    with waiting_while_away():
         if config.version:
             begin_with(adaptation, registry.get(config.version))
             name_challenger(context, registry, adaptation.load(RegisteredDraft, "registered"))
@@ -124,13 +127,18 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
 
 
 @contextlib.contextmanager
-def waiting_for_mlflow() -> Iterator[None]:
-    """A registry that is away for minutes costs minutes, and no training. What it refuses it would refuse again."""
-    from tide_pipeline.errors import RegistryAway
+def waiting_while_away(tried: int = 0) -> Iterator[None]:
+    """A registry or a storage that is away for minutes costs minutes, and no training. What is refused would be refused again.
+
+    `tried`: how often the step was tried again, where somebody must be told why it came to nothing.
+    """
+    from tide_pipeline.errors import LakeAway, RegistryAway
 
     try:
         yield
-    except RegistryAway as error:
+    except (LakeAway, RegistryAway) as error:
+        if tried >= AWAY_TRIES:
+            raise
         raise dg.RetryRequested(max_retries=AWAY_TRIES, seconds_to_wait=AWAY_S) from error
 
 

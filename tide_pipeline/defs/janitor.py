@@ -1,15 +1,14 @@
 """Give back what a killed run worker still holds. The default run launcher records a worker's pid and never looks again."""
 
-import json
 from collections.abc import Sequence
 
 import dagster as dg
 
+from tide_pipeline.defs.whereabouts import is_of_this_machine, may_be_of_this_machine
+
 IN_PROGRESS = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
-LAUNCHED_BY = ".dagster/grpc_info"         # tag of the default run launcher: which code server spawned the worker
 STARTED_BY_LAUNCHER = "Started process for run"
 WORKER = "from multiprocessing.spawn import"           # of a run worker's command line
-HERE = ("localhost", "127.0.0.1", "0.0.0.0", "::1")      # noqa: S104 - names of this machine, nothing is bound
 
 
 @dg.sensor(name="janitor_sensor", minimum_interval_seconds=15, default_status=dg.DefaultSensorStatus.RUNNING,
@@ -39,13 +38,13 @@ def fail_lost_runs(instance: dg.DagsterInstance, runs: Sequence[dg.DagsterRun]) 
 
 def worker_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float] | None:
     """Process id and Unix time of its last start; None for a run that was not launched on this machine."""
-    launched_by = json.loads(run.tags.get(LAUNCHED_BY, "{}"))
-    if launched_by.get("host") not in HERE:
+    if not may_be_of_this_machine(run):
         return None
     for event in reversed(instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)):
         told = event.get_dagster_event()
         if (told.message or "").startswith(STARTED_BY_LAUNCHER):       # executors tell of other processes, which end before the run
-            return int(str(told.engine_event_data.metadata["pid"].value)), event.timestamp
+            pid = int(str(told.engine_event_data.metadata["pid"].value))
+            return (pid, event.timestamp) if is_of_this_machine(run, pid) else None
     return None
 
 

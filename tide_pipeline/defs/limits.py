@@ -3,8 +3,8 @@
 from tide_pipeline.config import RolloutSettings, TideConfig
 from tide_pipeline.defs.tags import MAX_RUNTIME
 
-AWAY_TRIES, AWAY_S = 40, 15.0              # MLflow may be away for ten minutes before a trained draft is given up
-AWAY_STEPS = 2                             # that wait for it: to register, and to fetch
+AWAY_TRIES, AWAY_S = 40, 15.0              # MLflow or the lake may be away for ten minutes before a draft is given up
+AWAY_STEPS = 4                             # that wait for one of them: to train, to register, to fetch, to judge
 REST_S = 600.0                             # processes that start, the lake, registering, the build, the gate
 BUDGETS = 4                                # a trainer that was killed goes on; and a budget begins only once its data is read
 

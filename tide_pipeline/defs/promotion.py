@@ -11,7 +11,7 @@ import dagster as dg
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
-from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine
+from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine, waiting_while_away
 from tide_pipeline.defs.drift_sensor import MOST_WINDOWS
 from tide_pipeline.defs.episodes import LEAD_S
 from tide_pipeline.defs.lake import GROUP
@@ -38,7 +38,7 @@ def benchmark_report(context: dg.AssetExecutionContext, tide: TideResource) -> d
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     asked = adaptation.request()
-    with answering(context, settings, adaptation):
+    with answering(context, settings, adaptation), waiting_while_away(context.retry_number):
         report = run_gate(settings, adaptation.build(), served_build(settings, asked.workload), workload=asked.workload,
                           focus_since=asked.focus_since, replays=adaptation.replays)
     tell_registry(context, settings, adaptation, report.verdict)

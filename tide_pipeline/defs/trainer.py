@@ -12,12 +12,16 @@ from dagster._core.errors import DagsterPipesExecutionError  # not exported in 1
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.defs.adaptation import Adaptation
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.errors import SettingsError
 from tide_pipeline.recipes import freeze
 
-__all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "last_words_of", "training_command", "training_environment"]
+__all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "last_words_of", "times_waited", "training_command",
+           "training_environment"]
 
 STOPPED = 130                              # exit code of a trainer that was told to stop and left a checkpoint
+CRASHED_S = 1.0                            # before one that crashed is started again
+AWAY = 75                                  # of one that found the lake's storage away
 
 
 def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> list[str]:
@@ -45,12 +49,23 @@ def training_environment(config: TideConfig, adaptation: Adaptation, environment
     return {"TIDE_CONFIG": str(file), "CUDA_VISIBLE_DEVICES": _visible(device, environment) if on_gpu else ""}
 
 
-def after_a_failed_training(error: DagsterPipesExecutionError, last_words: str) -> Exception:
-    """A trainer that was killed goes on from its snapshot, once; one that gave a reason would give it again."""
+def after_a_failed_training(error: DagsterPipesExecutionError, last_words: str, waited: int = 0) -> Exception:
+    """A trainer that was killed goes on from its snapshot, once; one without storage waits for it; another reason would be given again.
+
+    `waited`: tries of the step that ended for want of storage. Dagster counts every try of a step, whatever it ended for.
+    """
     code = int(str(error).rsplit(" ", 1)[-1])
+    if code == AWAY:
+        return dg.RetryRequested(max_retries=AWAY_TRIES, seconds_to_wait=AWAY_S)
     if code < 0 or code == STOPPED:
-        return dg.RetryRequested(max_retries=1, seconds_to_wait=1.0)
+        return dg.RetryRequested(max_retries=1 + waited, seconds_to_wait=CRASHED_S)
     return dg.Failure(last_words or f"the trainer ended with exit code {code}: see the end of this step's stderr", allow_retries=False)
+
+
+def times_waited(instance: dg.DagsterInstance, run_id: str) -> int:
+    """How often training, a run's first step, was tried again because the storage was away."""
+    retries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)
+    return sum(event.get_dagster_event().step_retry_data.seconds_to_wait != CRASHED_S for event in retries)
 
 
 def last_words_of(instance: dg.DagsterInstance, run_id: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from tide_pipeline.capture.encryption import for_reading, parquet_file
 from tide_pipeline.capture.layout import Vanished, scan, settled
-from tide_pipeline.capture.store import Root, Stored
+from tide_pipeline.capture.store import Root, Stored, away, is_away
 
 _ANY_VERSION = "", chr(sys.maxunicode)
 _damaged: dict[Stored, str] = {}           # the footer is right and the pages are not
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 def readable_shards(root: Root, target: str, schema: Any, part: Part) -> tuple[list[Stored], list[tuple[Stored, str]]]:
-    """Live shards that have the schema's columns, oldest first, and what was left out with its reason."""
+    """Live shards that have the schema's columns, oldest first, and what was left out with its reason. Raises LakeAway."""
     return settled(lambda: _readable(root, target, schema, part))
 
 
@@ -62,7 +62,7 @@ def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
 
 
 def find_damage(root: Root, target: str, part: Part) -> None:
-    """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on."""
+    """Read every shard through, pages and checksums; what is found, `readable_shards` leaves out from now on. Raises LakeAway."""
     for shard in scan(root, target, part.since, part.until)[0]:
         if shard not in _damaged and (why := _damage(shard)):
             _damaged[shard] = why
@@ -78,6 +78,8 @@ def _footer(shard: Stored, schema: Any) -> tuple[str, str, str]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
+        if is_away(error):                 # raised, and so not remembered
+            raise away(shard, error) from error
         return f"unreadable: {error}", *_ANY_VERSION
     wrong = [field.name for field in schema if field.name not in found.names or not found.field(field.name).type.equals(field.type)]
     if wrong:
@@ -102,5 +104,7 @@ def _damage(shard: Stored) -> str:
     except FileNotFoundError:              # replaced since it was listed: the next listing tells
         return ""
     except (OSError, ValueError, pa.ArrowException) as error:
+        if is_away(error):
+            raise away(shard, error) from error
         return f"damaged: {error}"
     return ""

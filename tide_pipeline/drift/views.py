@@ -21,11 +21,11 @@ import duckdb
 
 from tide_pipeline.capture import encryption
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
-from tide_pipeline.capture.store import Stored
+from tide_pipeline.capture.store import Stored, is_away
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.config import TideConfig
 from tide_pipeline.drift.shards import Part, find_damage, readable_shards, through_pyarrow
-from tide_pipeline.errors import InvalidRequest, LakeError
+from tide_pipeline.errors import InvalidRequest, LakeAway, LakeError
 
 Answer = tuple[list[str], list[tuple[Any, ...]]]       # column names, rows
 
@@ -93,13 +93,14 @@ def read(config: TideConfig, sql: str, parameters: Mapping[str, Any], *, since: 
     `until`: shards of hours that began before it. `version`: shards that can hold rows of this draft version. `tables`: Arrow tables that
     the query names beside the views. Row groups are skipped by the query's own conditions: compare `time`, not `epoch(time)`.
 
-    Raises LakeError when the lake can't be read.
+    Raises LakeError when the lake can't be read, LakeAway when its storage does not answer.
     """
     part = Part(since, until, version)
     try:
         return _without_damage(config, part, sql, lambda: _ask(_views_cursor(config, part, sql, tables or {}), sql, parameters))[1]
     except duckdb.Error as error:
-        raise LakeError(f"can't query the lake under {config.state.lake}: {error}") from error
+        kind = LakeAway if is_away(error) else LakeError
+        raise kind(f"can't query the lake under {config.state.lake}: {error}") from error
 
 
 def _without_damage(config: TideConfig, part: Part, sql: str, ask: Callable[[], Answer]) -> Answer:

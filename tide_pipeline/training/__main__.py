@@ -1,6 +1,7 @@
 """Training as a process of its own: `python -m tide_pipeline.training --workload de --out DIR`. The only place that knows Dagster Pipes.
 
-Exit codes: 0 trained, 1 failed with a message, 2 bad usage, 130 stopped by a signal after a checkpoint (run it again to go on).
+Exit codes: 0 trained, 1 failed with a message, 2 bad usage; run it again to go on: 75 the lake's storage does not answer, 130 stopped by a
+signal after a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from rich.console import Console
 from tide_pipeline import recipes
 from tide_pipeline.config import TideConfig, TrainingSettings, override
 from tide_pipeline.contracts import DraftCheckpoint, to_json
-from tide_pipeline.errors import TideError
+from tide_pipeline.errors import LakeAway, TideError
 from tide_pipeline.training.checks import check
-from tide_pipeline.training.launch import STOPPED, is_launched, launch
+from tide_pipeline.training.launch import AWAY, STOPPED, is_launched, launch
 from tide_pipeline.training.loop import TrainingInterrupted, train_draft
 from tide_pipeline.training.progress import BarViewer, FileViewer, LastViewer, LineViewer, TrainProgress, Viewer
 from tide_pipeline.training.span import Span
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return STOPPED
     except TideError as error:
         _complain(f"{type(error).__name__}: {error}")
-        return 1
+        return AWAY if isinstance(error, LakeAway) else 1
     if not team.is_first:
         return 0
     print(to_json(checkpoint) if args.json else f"draft {checkpoint.digest[:12]} in {checkpoint.path}: acceptance length "  # noqa: T201

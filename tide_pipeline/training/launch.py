@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 STOPPED = 130
+AWAY = 75                          # EX_TEMPFAIL: the storage does not answer
 PATIENCE_S = 15.0                  # for the others to end by themselves once one has
 
 
@@ -56,6 +57,8 @@ def _wait(team: Sequence[subprocess.Popen[bytes]]) -> int:
             deadline = time.monotonic() + PATIENCE_S
         time.sleep(0.05)
     codes = [process.poll() for process in team]
+    if AWAY in codes:                  # the others ended for want of the one that said why
+        return AWAY
     killed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code < 0]
     if killed:
         rank, code = killed[0]
