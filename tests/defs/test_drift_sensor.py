@@ -226,6 +226,18 @@ def test_a_tick_does_not_stay_for_what_is_far_away(bench: Bench, monkeypatch: py
     assert sleeps == []
 
 
+def test_a_lake_that_is_away_is_a_reason_and_forgets_nothing(bench: Bench) -> None:
+    bench.drift()
+    assert "only 0 of 60" in why(bench.tick())
+    before, acceptance = bench.cursor, Path(bench.config.state.acceptance)
+    acceptance.rename(acceptance.with_name("away"))
+    acceptance.write_text("no folder")
+    assert "the lake is away, nothing was judged: can't list" in why(bench.tick()) and bench.cursor == before
+    acceptance.unlink()
+    acceptance.with_name("away").rename(acceptance)
+    assert "only 0 of 60" in why(bench.tick())
+
+
 def test_the_surest_drop_goes_first(bench: Bench) -> None:
     for workload, rate in (("code", 0.5), ("prose", 0.2)):
         bench.traffic(0.8, 200.0, workload=workload)

@@ -1,6 +1,6 @@
 """What a run that somebody launched is tagged with once it has begun: what for, why, and how long it may take. Knows tags and the record.
 
-What its launcher said stays. draft_checkpoint does the same for adapt_draft (draft.py).
+What its launcher said stays.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,9 @@ from collections.abc import Mapping
 import dagster as dg
 
 from tide_pipeline.config import TideConfig
-from tide_pipeline.defs.adaptation import Adaptation, Request
-from tide_pipeline.defs.limits import challenger_tags, rollout_tags
+from tide_pipeline.defs.limits import rollout_tags
 from tide_pipeline.defs.tags import AFTER, BY_HAND, REASON, RETRY, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import BuildError
 from tide_pipeline.rollout.history import PROPOSED, is_under_way, workload_of
 
 
@@ -38,19 +36,3 @@ def rollout_begins(context: dg.OpExecutionContext, settings: TideConfig, reason:
         return int(run.tags[AFTER])
     context.instance.add_run_tags(run.run_id, {AFTER: str(latest.n if latest is not None else 0)})
     return None
-
-
-def tag_judged(context: dg.HookContext) -> None:
-    """Of judge_challenger, after each of its steps: the first one, draft_engine, finds out what was asked for."""
-    run, settings = context.instance.get_run_by_id(context.run_id), context.resources.tide.settings()
-    if run is None:
-        return
-    try:
-        asked = Adaptation.of(settings, run.run_id, run.root_run_id).request()
-    except BuildError:                                     # it failed before it knew
-        asked = Request("")
-    tag_begun(context.instance, run, {TARGET: settings.target, WORKLOAD: asked.workload, **challenger_tags(settings)}, asked.reason)
-
-
-TAG_JUDGED = frozenset({dg.success_hook(name="tag_judged", required_resource_keys={"tide"})(tag_judged),
-                        dg.failure_hook(name="tag_judged_and_failed", required_resource_keys={"tide"})(tag_judged)})

@@ -11,12 +11,13 @@ import dagster as dg
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
+from tide_pipeline.defs.begun import tag_begun
 from tide_pipeline.defs.lake import GROUP, signal_windows
-from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES, runtime_tags
+from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES, challenger_tags, runtime_tags
 from tide_pipeline.defs.meanwhile import meanwhile
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, BUILT, DRIFTED, REGISTERED, TRAINED
-from tide_pipeline.defs.tags import BY_HAND, REASON, SINCE, TARGET, UNTIL, WORKLOAD
+from tide_pipeline.defs.tags import SINCE, TARGET, UNTIL, WORKLOAD
 from tide_pipeline.defs.trainer import (
     DagsterPipesExecutionError,
     after_a_failed_training,
@@ -115,6 +116,9 @@ def draft_engine(context: dg.AssetExecutionContext, config: EngineConfig, tide: 
     with waiting_while_away():
         if config.version:
             begin_with(adaptation, registry.get(config.version))
+            asked = adaptation.request()
+            tag_begun(context.instance, context.run, {TARGET: settings.target, WORKLOAD: asked.workload, **challenger_tags(settings)},
+                      asked.reason)
             name_challenger(context, registry, adaptation.load(RegisteredDraft, "registered"))
         draft = adaptation.load(RegisteredDraft, "registered")
         fetched = fetch_or_refuse(registry, draft, adaptation)
@@ -211,10 +215,7 @@ def understood(config: AdaptConfig) -> Request:
 def tag_run(context: dg.AssetExecutionContext, settings: TideConfig, asked: Request) -> None:
     """Why the run exists, and how long it may, for one launched by hand: what its launcher said already stays."""
     wanted = {TARGET: settings.target, WORKLOAD: asked.workload, SINCE: asked.since, UNTIL: asked.until, **runtime_tags(settings)}
-    tags = {name: value for name, value in wanted.items() if value and name not in context.run.tags}
-    if asked.reason and context.run.tags.get(REASON, BY_HAND) == BY_HAND:
-        tags[REASON] = asked.reason
-    context.instance.add_run_tags(context.run.run_id, tags)
+    tag_begun(context.instance, context.run, wanted, asked.reason)
 
 
 def asked_at(context: dg.AssetExecutionContext) -> float:

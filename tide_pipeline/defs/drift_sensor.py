@@ -34,6 +34,7 @@ from tide_pipeline.defs.linger import linger
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.tags import ATTEMPT, BY_HAND, DRIFTED_AT, EPISODE, REASON, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
+from tide_pipeline.errors import LakeAway
 
 OBSERVE_EVERY_S = 60.0             # observations stay in Dagster's event log for ever
 MOST_LINGERED = 3                  # ticks in a row: what stays unsure for longer is no fall that has just begun
@@ -67,8 +68,15 @@ class Seen:
            default_status=dg.DefaultSensorStatus.RUNNING,
            description="Judges acceptance per workload; launches adapt_draft when it has fallen and enough signals are collected.")
 def drift_sensor(context: dg.SensorEvaluationContext, tide: TideResource) -> dg.SensorResult:
-    config, began = tide.settings(), time.time()
-    memory = _remember(context)
+    try:
+        return look_and_ask(context, tide.settings())
+    except LakeAway as error:
+        return dg.SensorResult(skip_reason=f"the lake is away, nothing was judged: {error}", cursor=context.cursor)
+
+
+def look_and_ask(context: dg.SensorEvaluationContext, config: TideConfig) -> dg.SensorResult:
+    """One tick. Raises LakeAway."""
+    began, memory = time.time(), _remember(context)
     if 0 <= began - memory.looked_at < config.stack.sensor_interval_s:   # slower than the tick, which is fixed before settings are read
         return dg.SensorResult(skip_reason=f"looked less than {config.stack.sensor_interval_s} s ago", cursor=context.cursor)
     episodes = dict(memory.episodes)

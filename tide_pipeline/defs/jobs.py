@@ -8,7 +8,7 @@ import time
 import dagster as dg
 
 from tide_pipeline.contracts import ANY_WORKLOAD
-from tide_pipeline.defs.begun import TAG_JUDGED, rollout_begins, tag_begun
+from tide_pipeline.defs.begun import rollout_begins, tag_begun
 from tide_pipeline.defs.hours import hour_of, look_at_hour
 from tide_pipeline.defs.keys import named
 from tide_pipeline.defs.lake import HOURS, look
@@ -29,7 +29,7 @@ adapt_draft = dg.define_asset_job(
 
 judge_challenger = dg.define_asset_job(
     "judge_challenger", named("draft_engine", "benchmark_report", "live_draft"),
-    executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED}, hooks=TAG_JUDGED,
+    executor_def=dg.in_process_executor, tags={REASON: BY_HAND, **RESUMED},
     description="Put a registered version before the gate and, if it passes, do with it what rollout.mode says: for an alias that was "
                 "moved by hand, or with draft_engine's `version` filled in.")
 
