@@ -229,12 +229,12 @@ def test_a_tick_does_not_stay_for_what_is_far_away(bench: Bench, monkeypatch: py
 def test_a_lake_that_is_away_is_a_reason_and_forgets_nothing(bench: Bench) -> None:
     bench.drift()
     assert "only 0 of 60" in why(bench.tick())
-    before, acceptance = bench.cursor, Path(bench.config.state.acceptance)
-    acceptance.rename(acceptance.with_name("away"))
-    acceptance.write_text("no folder")
+    before, lake = bench.cursor, Path(bench.config.state.lake)
+    lake.rename(lake.with_name("away"))
+    lake.write_text("no folder")
     assert "the lake is away, nothing was judged: can't list" in why(bench.tick()) and bench.cursor == before
-    acceptance.unlink()
-    acceptance.with_name("away").rename(acceptance)
+    lake.unlink()
+    lake.with_name("away").rename(lake)
     assert "only 0 of 60" in why(bench.tick())
 
 
