@@ -13,6 +13,7 @@ from tide_pipeline.contracts import Deployment, EngineBuild, GateVerdict
 from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine
 from tide_pipeline.defs.drift_sensor import MOST_WINDOWS
+from tide_pipeline.defs.keys import pool_of
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import BEGUN, COLLECTED, JUDGED, split, without_waiting
@@ -23,7 +24,7 @@ from tide_pipeline.errors import BuildError, RegistryError, TideError
 if TYPE_CHECKING:
     from tide_pipeline.gate.run import GateReport
 
-SERVE_POOL = "serve_gpu"                   # what measures speed on the devices that serve: one at a time, or both are slow
+SERVE_POOL = pool_of("serve_gpu")          # what measures speed on the devices that serve: one at a time, or both are slow
 
 
 @dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"], pool=SERVE_POOL)
