@@ -9,23 +9,23 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
 from tide_pipeline.capture.index import windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
 from tide_pipeline.capture.newest import Newest, RowCount
-from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
+
+if TYPE_CHECKING:
+    from torch import Tensor  # where states are read it is imported: the drift sensor only counts rows, and does not wait for torch
 
 __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_each", "find_again", "identity", "list_windows",
            "live_shards", "reached_at", "read_states"]
@@ -60,7 +60,7 @@ class WindowStates:
     token_ids: Tensor                      # int64 [T + 1]
     taps_TG: Tensor                        # bf16 [T, num_taps * D]
     final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
-    rejected_R2: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int32))    # position, rejected draft token
+    rejected_R2: Tensor = field(default_factory=lambda: _rejected(None))    # position, rejected draft token
 
     @property
     def num_rows(self) -> int:
@@ -244,6 +244,10 @@ def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[Sign
 
 def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
     """The window's states, or what is wrong with them."""
+    import torch
+
+    from tide_pipeline.capture.rows import bf16_tensor
+
     cell = {name: table.column(name)[row] for name in _STATES}
     token_ids = cell["token_ids"].values.to_numpy(zero_copy_only=False)
     num_rows, hidden_size, num_taps = (cell[name].as_py() for name in ("num_rows", "hidden_size", "num_taps"))
@@ -262,6 +266,10 @@ def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
 
 
 def _rejected(pairs: Any) -> Tensor:
-    """[R, 2]: where each rejected draft token would have stood, and the token."""
+    """[R, 2]: where each rejected draft token would have stood, and the token; None is no pair."""
+    import torch
+
+    if pairs is None:
+        return torch.zeros(0, 2, dtype=torch.int32)
     columns = [pairs.field(name).to_numpy(zero_copy_only=False) for name in ("position", "token")]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32))

@@ -76,7 +76,8 @@ def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterato
     In mode "observe" nothing happens here; in mode "propose" the job approve_rollout waits for somebody to launch it.
     """
     from tide_pipeline.gate.run import load_verdict
-    from tide_pipeline.rollout.promote import Mode, mode_of, promote, propose
+    from tide_pipeline.rollout.mode import Mode, mode_of
+    from tide_pipeline.rollout.promote import promote, propose
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     build, asked, mode = adaptation.build(), adaptation.request(), mode_of(settings)
