@@ -8,7 +8,8 @@ SQLite, opened anew in every tick as a code server does, with the runs of half a
     healthy            nothing has fallen
     observed           and the minute's observation of both datasets is due
     open               a workload has fallen, and too few signals are there yet
-    open for long      the worst there is: all shards of signals are of the episode, and they are still too few
+    open for long      the worst there is: all shards of signals are of the episode, and they are still too few; `catches up`: in a process
+                       that has not read them yet
     asks for a run     enough are there
     lingers            a fall that is nearly certain, and `drift.linger_s` as it is by default: `wall_s` is waiting, `cpu_s` its work
 
@@ -18,17 +19,18 @@ first tick after them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import select
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ class Code:
         self._process.communicate()
 
 
-@contextmanager
+@contextlib.contextmanager
 def code(home: dict[str, str]) -> Iterator[Code]:
     made = Code(home)
     try:
@@ -160,14 +162,17 @@ class Site:
         make_signals(open_store(self.config.state.signals), now, shards)
 
     def _remember_runs(self) -> None:
-        """As many adaptations as upkeep; all of them are over."""
-        Path(self.home["TIDE_DAGSTER_DIR"]).mkdir()
+        """As many adaptations as upkeep; all of them are over, since a month."""
+        folder = Path(self.home["TIDE_DAGSTER_DIR"])
+        folder.mkdir()
         os.environ |= self.home
         with dg.DagsterInstance.get() as instance:
             for i in range(self.size.runs):
                 tags = {"tide/target": TARGET, "tide/workload": FALLS, "tide/episode": str(i), "tide/attempt": "1"}
                 instance.add_run(dg.DagsterRun("adapt_draft" if i % 2 else "compact_lake", str(uuid.uuid4()),
                                                status=dg.DagsterRunStatus.SUCCESS, tags=tags if i % 2 else {"tide/maintains": "lake"}))
+        with contextlib.closing(sqlite3.connect(next(folder.rglob("runs.db")))) as runs, runs:
+            runs.execute("update runs set create_timestamp = datetime('now', '-30 days'), update_timestamp = datetime('now', '-30 days')")
 
 
 def summary(told: Sequence[Reply]) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def measure(folder: Path, size: Size) -> dict[str, Any]:
     out: dict[str, Any] = {"rows": size.rows, "log_shards": site.log_shards, "signal_shards": size.signal_shards, "runs": size.runs,
                            "made_in_s": round(time.perf_counter() - begin, 1)}
     usual = site.settings("usual")
-    firsts = {"healthy": (usual, Memory(), False)}
+    firsts = {"healthy": (usual, is_observed(), False)}
     with code(site.home) as server:
         told = site.ticks(server, usual, Memory(), lambda memory: dataclasses.replace(memory, observed_at=time.time()),
                           are=lambda one: "lower end <" in one["says"] and "drifted" not in one["says"])
@@ -191,15 +196,20 @@ def measure(folder: Path, size: Size) -> dict[str, Any]:
                           are=lambda one: one["observed"] == 2)
         out["observed"] = summary(told)
         if not size.is_quick:
-            firsts["healthy, baseline noted"] = usual, Memory(), True
+            firsts |= {"healthy, baseline noted": (usual, is_observed(), True), "observed": (usual, Memory(), True)}
             for name, first in firsts.items():
                 out[name] = out.get(name, {}) | site.first(first[0], first[1], is_noted=first[2])
         return out | fallen(site, server, usual)
 
 
+def is_observed() -> Memory:
+    """No observation is due."""
+    return Memory(observed_at=time.time() + 1e6)
+
+
 def fallen(site: Site, server: Code, usual: Path) -> dict[str, Any]:
     """What costs more: a workload has fallen."""
-    fell_at, out, is_observed = time.time(), {}, Memory(observed_at=time.time() + 1e6)
+    fell_at, out = time.time(), {}
     site.feed.fallen = (FALLS,)
     while time.time() < fell_at + site.size.recent_s + 4.0:          # the recent seconds hold nothing of before
         site.goes_on()
@@ -208,11 +218,12 @@ def fallen(site: Site, server: Code, usual: Path) -> dict[str, Any]:
     def is_short(one: Reply) -> bool:
         return "signal rows collected yet" in one["says"]
 
-    told = site.ticks(server, usual, is_observed, are=is_short)
+    told = site.ticks(server, usual, is_observed(), are=is_short)
     out["open"], opened = summary(told), Memory.from_cursor(told[-1]["cursor"])
     for_long = dataclasses.replace(opened, episodes={FALLS: dataclasses.replace(opened.episodes[FALLS], since=1.0)})
     never = site.settings("never", min_signal_rows=NEVER)
-    out["open for long"] = summary(site.ticks(server, never, for_long, are=is_short))
+    for name in ("open for long, catches up", "open for long"):
+        out[name] = summary(site.ticks(server, never, for_long, are=is_short))
     if not site.size.is_quick:
         out["open"] |= site.first(usual, opened)
         out["open for long"] |= site.first(never, for_long)
@@ -221,7 +232,7 @@ def fallen(site: Site, server: Code, usual: Path) -> dict[str, Any]:
     site.goes_on()
     found = next(verdict for verdict in judge_drift(site.config) if verdict.workload == FALLS)
     nearly = site.settings("nearly", min_drop=(found.drop + found.drop_low) / 2, linger_s=DriftSettings().linger_s)
-    out["lingers"] = summary(site.ticks(server, nearly, is_observed, lambda _: is_observed, are=lambda one: not one["asked"]))
+    out["lingers"] = summary(site.ticks(server, nearly, is_observed(), lambda _: is_observed(), are=lambda one: not one["asked"]))
     return out
 
 

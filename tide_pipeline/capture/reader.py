@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
-from tide_pipeline.capture.index import windows_in
+from tide_pipeline.capture.index import is_remembered, windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
 from tide_pipeline.capture.newest import Newest, RowCount
 from tide_pipeline.capture.store import Root, Stored, open_uri
@@ -33,6 +33,7 @@ __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_
 _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
+MOST_OPENED = 300                  # shards by one count, at a millisecond each: the next one goes on where it ended
 LATE_S = 3_600.0                   # a window lies in the folder of the hour in which it was written, at most so long after it closed
 
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest",
@@ -98,7 +99,7 @@ def find_again(signals_root: Root, target: str, known: Collection[Identity]) -> 
 
 
 def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, until: float | None,
-                  engine_digest: str | None, found: Newest | RowCount, among: int | None) -> WindowIndex:
+                  engine_digest: str | None, found: Newest | RowCount, among: int | None, opens: int | None = None) -> WindowIndex:
     begun_before = None if until is None else until + LATE_S
     # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
     listings = (iter([survey(root, target, since, begun_before)]) if not found.is_bounded and among is None
@@ -107,7 +108,7 @@ def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool
     skipped: list[tuple[Stored, str]] = []
     seen: set[tuple[str, int, int, float]] = set()
     other_engines, is_empty = 0, True
-    for shard in _newest_first(listings, skipped):
+    for shard in _to_open(_newest_first(listings, skipped), target, opens):
         is_empty = False
         if found.needs_nothing_before(written_at(shard)) or (among is not None and len(seen) >= among):
             break
@@ -131,6 +132,16 @@ def _newest_first(listings: Iterable[Listing], skipped: list[tuple[Stored, str]]
         yield from reversed(listing.live)
 
 
+def _to_open(shards: Iterable[Stored], target: str, opens: int | None) -> Iterator[Stored]:
+    """As many as there are before more than `opens` of them would have to be opened; None is no limit."""
+    opened = 0
+    for shard in shards:
+        opened += opens is not None and not is_remembered(shard, target)
+        if opens is not None and opened > opens:
+            return
+        yield shard
+
+
 def _holds_nothing(root: Root, target: str) -> bool:
     return not any(listing.live or listing.skipped for listing in newest_first(root, target))
 
@@ -148,11 +159,12 @@ def count_rows_each(signals_root: Root, target: str, since: Mapping[str, float],
     """Captured token rows of every workload in `since`, closed at that time or later, from the newest on; for who asks again and again.
 
     Shards are opened until each workload has `enough` rows (more are not counted), or until they held `among` windows of all workloads
-    together. Raises LakeError when the lake can't be listed.
+    together. A call opens no more than MOST_OPENED that no call before it has read: after a start, older rows come with the next calls.
+    Raises LakeError when the lake can't be listed.
     """
     def counted() -> dict[str, int]:
         found = RowCount(since, enough)
-        _list_windows(signals_root, target, found.wants, min(since.values()), None, None, found, among)
+        _list_windows(signals_root, target, found.wants, min(since.values()), None, None, found, among, MOST_OPENED)
         return found.rows
 
     try:
