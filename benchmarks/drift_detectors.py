@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lake_scale import TARGET, deploy, make_acceptance
+from lake_scale_made import TARGET, deploy, make_acceptance
 from options import finish, parser, settle
 
 from tide_pipeline.capture.store import open_store

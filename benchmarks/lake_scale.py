@@ -10,10 +10,11 @@
     signals      500 and 5,000 shards of 8 small windows: `list_windows` in a fresh process and again: the newest 4,000; up to 2,000 of
                  each workload among the newest 3,000, as training asks for them (with larger numbers); and all of them; and `count_rows`
                  of the last ten minutes, which the sensor asks for while it collects.
+    ticks        the drift sensor itself, in Dagster: lake_scale_ticks.py has what is measured of it.
     writer       against writing and syncing the same bytes raw, in alternating pairs (lake_encoding.against_raw), on 16 MB of states.
     reader       rows per second with every check, over what one training step consumes (results/train_loss_html_2cores.json).
 
-`--part acceptance` measures that alone (acceptance, signals, states). Every measurement is a process of its own; `peak_mb` is how far
+`--part ticks` measures that alone (acceptance, signals, ticks, states). Every measurement is a process of its own; `peak_mb` is how far
 its resident memory rose above what imports took. Files are in the page cache: it is the code that is measured, not the disk (the
 writer's pairs do sync).
 """
@@ -35,103 +36,21 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from lake_encoding import against_raw
+from lake_scale_made import TARGET, WORKLOADS, deploy, make_acceptance, make_signals
+from lake_scale_ticks import ticks
 from options import finish, parser, settle
 
-from tide_pipeline.capture.encode import signals_tables
-from tide_pipeline.capture.names import target_folder
 from tide_pipeline.capture.reader import count_rows, list_windows
-from tide_pipeline.capture.rows import words_of
-from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA, SIGNALS_SCHEMA
-from tide_pipeline.capture.shard import write_shard, write_successor
-from tide_pipeline.capture.store import Store, open_store
-from tide_pipeline.capture.windows import ClosedWindow
+from tide_pipeline.capture.store import open_store
 from tide_pipeline.config import TideConfig, override, project_root
-from tide_pipeline.contracts import Deployment, EngineBuild, SamplingParams
-from tide_pipeline.deployment.builds import build_dir, save_build
-from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.drift.judge import judge_drift
 from tide_pipeline.drift.views import connect
 
-TARGET, HOUR_S = "pocket", 3600.0
-WORKLOADS, DRAFT_LENGTH, ROWS_PER_REQUEST = ("en", "de", "html", "python"), 3, 3
+PARTS = ("acceptance", "signals", "ticks", "states")
 WHOLE_LOG = """select workload, draft_version, sum(accepted[1]) / sum(drafted[1]) as first_position,
     sum(emitted_tokens) / sum(num_steps) as acceptance_length from acceptance where draft_length > 0 group by all order by workload"""
-
-
-def acceptance_table(begin: float, end: float, rows: int, version: str, seed: int) -> Any:
-    """`rows` blocks of steps that closed between two times, oldest first."""
-    rng = np.random.default_rng(seed)
-    steps = rng.integers(16, 65, rows).astype(np.int32)
-    positions = np.empty((rows, DRAFT_LENGTH + 1), np.int32)
-    positions[:, 0] = steps
-    for i in range(DRAFT_LENGTH):
-        positions[:, i + 1] = rng.binomial(positions[:, i], 0.7)
-    kind = ACCEPTANCE_SCHEMA.field("drafted").type
-    offsets = np.arange(0, rows * DRAFT_LENGTH + 1, DRAFT_LENGTH, dtype=np.int32)
-    requests = pa.array(np.arange(rows) // ROWS_PER_REQUEST + seed * 10_000_000)
-    last = np.arange(rows) % ROWS_PER_REQUEST == ROWS_PER_REQUEST - 1
-
-    def lists(values: np.ndarray) -> Any:
-        return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values).reshape(-1)), type=kind)
-
-    def chosen(values: tuple[str, ...], index: np.ndarray) -> Any:
-        return pa.DictionaryArray.from_arrays(index.astype(np.int32), list(values)).cast(pa.string())
-
-    columns = {
-        "time": pa.array(np.linspace(begin * 1e6, end * 1e6, rows, endpoint=False).astype(np.int64)).cast(pa.timestamp("us", tz="UTC")),
-        "request_id": pc.binary_join_element_wise("request", pc.cast(requests, pa.string()), "-"),
-        "workload": chosen(WORKLOADS, (np.arange(rows) // ROWS_PER_REQUEST + seed) % len(WORKLOADS)),
-        "tenant": chosen(tuple(f"tenant-{i}" for i in range(20)), rng.integers(0, 20, rows)),
-        "num_steps": steps, "drafted": lists(np.repeat(positions[:, :1], DRAFT_LENGTH, 1)), "accepted": lists(positions[:, 1:]),
-        "emitted_tokens": positions.sum(1).astype(np.int32), "mean_batch_size": rng.uniform(1, 16, rows),
-        "duration_ms": steps * rng.uniform(15, 25, rows), "num_prompt_tokens": rng.integers(10, 2000, rows).astype(np.int32),
-        "finish_reason": chosen(("", "length"), last), "ttft_ms": np.where(last, rng.uniform(10, 90, rows), 0.0)}
-    same = {"schema_version": 1, "replica": "replica-0", "engine_digest": "0" * 64, "draft_version": version, "speculation": "auto",
-            "temperature": 0.0, "draft_length": DRAFT_LENGTH, "is_probe": False}
-    columns |= {name: pa.repeat(pa.scalar(value, ACCEPTANCE_SCHEMA.field(name).type), rows) for name, value in same.items()}
-    return pa.table({name: columns[name] for name in ACCEPTANCE_SCHEMA.names}, schema=ACCEPTANCE_SCHEMA)
-
-
-def key_at(at: float, who: str, suffix: str = "") -> str:
-    moment = time.gmtime(at)
-    return (f"{target_folder(TARGET)}/date={time.strftime('%Y-%m-%d', moment)}/hour={time.strftime('%H', moment)}/"
-            f"{who}-{int(at * 1e9):019d}-c{{crc:08x}}{suffix}.parquet")
-
-
-def make_acceptance(store: Store, now: float, rows: int, seconds: float, shard_s: float, flush_s: float = 2.0) -> int:
-    """A log of `seconds` up to `now`; shards: every `shard_s`, or (0) hourly, and of the last half hour every `flush_s`. How many."""
-    version_at = now - seconds / 2                          # a new draft half-way
-    end, shards = now, 0
-    while end > now - seconds:
-        hour = (end - 1e-3) // HOUR_S * HOUR_S
-        step = shard_s or (flush_s if end > now - HOUR_S / 2 else max(end - max(hour, now - seconds), 1e-3))
-        begin = max(end - step, hour, now - seconds)
-        count = max(1, round(rows * (end - begin) / seconds))
-        table = acceptance_table(begin, end - 1e-3, count, "v2" if begin >= version_at else "v1", shards)
-        if step > 60 and not shard_s:
-            names = [f"replica-0-{int((begin + 2 * i) * 1e9):019d}-c{i:08x}.parquet" for i in range(int((end - begin) / 2) + 1)]
-            cuts = np.linspace(0, count, len(names) + 1).astype(int)
-            origins = [((name, row),) for name, a, b in zip(names, cuts, cuts[1:], strict=False) for row in range(b - a)]
-            write_successor(store, key_at(end - 1e-3, "compact", ".compact"), TARGET, ACCEPTANCE_SCHEMA, [(table, origins)], names)
-        else:
-            write_shard(store, key_at(end - 1e-3, "replica-0"), TARGET, ACCEPTANCE_SCHEMA, [table])
-        end, shards = begin, shards + 1
-    return shards
-
-
-def make_signals(store: Store, now: float, shards: int, windows: int = 8, hidden: int = 8, rows: int = 32) -> None:
-    """One shard every 10 s up to `now`."""
-    states = torch.randn(rows, 4 * hidden).bfloat16()
-    for i in range(shards):
-        at = now - 10.0 * i
-        made = [ClosedWindow(f"request-{i}-{j}", "acme", WORKLOADS[j % 4], "v1", "0" * 64, "auto", SamplingParams(), 4, f"{i:016x}{j:016x}",
-                             0, [1] * (rows + 1), [], [words_of(states)], hidden, 3, True, at - 1 - 0.1 * j) for j in range(windows)]
-        write_shard(store, key_at(at, "replica-0"), TARGET, SIGNALS_SCHEMA, signals_tables(made))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -161,15 +80,6 @@ def _whole_log(config: TideConfig, threads: int, rounds: int) -> dict[str, Any]:
 
     times = [timed(ask) for _ in range(rounds + 1)]
     return {"threads": threads, "first_s": round(times[0], 3), "again_s": round(statistics.median(times[1:]), 3)}
-
-
-def deploy(config: TideConfig, version: str, at: float) -> None:
-    """A deployment record that says since when `version` serves."""
-    folder = build_dir(config.state.builds, config.target, version)
-    folder.mkdir(parents=True)
-    save_build(EngineBuild(version, config.target, "embedded", str(folder), version, "0" * 64, "0" * 64, 0.0, {}))
-    DeploymentRecord(config.state.deployments, config.target).append(
-        Deployment(1, config.target, {"rest": {"*": version}}, (), "stable", "benchmark", "benchmark", at))
 
 
 def looks(config: TideConfig, quick: bool, now: float, seconds: float) -> dict[str, Any]:
@@ -205,8 +115,8 @@ def alone(quick: bool, work: Callable[..., dict[str, Any]], *args: Any) -> dict[
         return pool.submit(_measured, functools.partial(work, *args)).result()
 
 
-def acceptance(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    big, day, out = (200_000, 8640.0, []) if quick else (10_000_000, 86_400.0, [])
+def acceptance(folder: Path, big: int, quick: bool) -> list[dict[str, Any]]:
+    day, out = 8640.0 if quick else 86_400.0, []
     for name, rows, seconds, shard_s in (("hourly", big // 10, 0.7 * day, 0.0), ("hourly", big, 7 * day, 0.0),
                                          ("small shards", big, 7 * day, 7 * day / (100 if quick else 5_000))):
         now = time.time()
@@ -249,16 +159,20 @@ def writing_and_reading(folder: Path, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--part", action="append", choices=("acceptance", "signals", "states"), help="only this; may be given again")
+    options.add_argument("--part", action="append", choices=PARTS, help="only this; may be given again")
+    options.add_argument("--rows", type=int, help="of the largest acceptance log; 10 million")
     args = options.parse_args()
-    parts = args.part or ["acceptance", "signals", "states"]
+    parts, rows = args.part or PARTS, args.rows or (200_000 if args.quick else 10_000_000)
     result = settle()
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     sync, os.fsync = os.fsync, lambda _: None               # a lake that is made up need not survive a power cut
     with tempfile.TemporaryDirectory() as name:
-        for part, measure in (("acceptance", acceptance), ("signals", signals)):
-            if part in parts:
-                result[part] = measure(Path(name), args.quick)
+        if "acceptance" in parts:
+            result["acceptance"] = acceptance(Path(name), rows, args.quick)
+        if "signals" in parts:
+            result["signals"] = signals(Path(name), args.quick)
+        if "ticks" in parts:
+            result["ticks"] = ticks(Path(name), rows, quick=args.quick)
         os.fsync = sync
         if "states" in parts:
             result |= writing_and_reading(Path(name), args.quick)

@@ -14,7 +14,7 @@ import pytest
 from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from tide_pipeline.definitions import defs
-from tide_pipeline.defs.keys import PREFIX
+from tide_pipeline.defs.keys import POOLS, PREFIX, pool_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "definitions.json"
 HEAVY = ("torch", "mlflow", "duckdb")
@@ -99,18 +99,46 @@ def test_loading_is_cheap_and_reads_no_settings() -> None:
     assert float(cpu_s) < 3.0
 
 
-def test_a_second_target_shares_no_asset_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One Dagster, a code location for each target: the same jobs, and assets under the target's name."""
-    plain = _snapshot()
-    monkeypatch.setenv(PREFIX, "qwen3-8b")
-    second = _snapshot()
+def _snapshot_of_a_code_server(**environment: str) -> dict[str, Any]:
+    """As a process of its own: names of pools are made when the assets' modules are imported."""
+    shown = "import json; from tests.defs.test_definitions import _snapshot; print(json.dumps(_snapshot()))"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, timeout=120, check=False,
+                          cwd=GOLDEN.parent.parent.parent, env={"TIDE_CONFIG": "/there/is/no/such.toml", **environment})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout))
+
+
+def _pools(snapshot: dict[str, Any]) -> set[str]:
+    return {op["pool"] for job in snapshot["jobs"].values() for op in job["ops"].values() if op["pool"]}
+
+
+def _without_pools(jobs: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**job, "ops": {op: {**facts, "pool": None} for op, facts in job["ops"].items()}} for name, job in jobs.items()}
+
+
+def test_a_second_target_shares_no_asset_and_no_pool_with_the_first() -> None:
+    """One Dagster, a code location for each target: the same jobs; assets and pools under the target's name."""
+    plain, second = _snapshot(), _snapshot_of_a_code_server(**{PREFIX: "qwen3-8b"})
     before = "qwen3-8b/{}".format
     assert second["assets"].keys() == {before(name) for name in plain["assets"]}
     assert all(facts["deps"] == [before(name) for name in plain["assets"][key.rpartition("/")[2]]["deps"]]
                for key, facts in second["assets"].items())
     assert second["checks"].keys() == {before(name) for name in plain["checks"]}
-    assert {name: second[name] for name in ("jobs", "sensors", "schedules", "resources")} == {
-        name: plain[name] for name in ("jobs", "sensors", "schedules", "resources")}
+    assert _pools(plain) == {"train_gpu", "serve_gpu"} and _pools(second) == {"qwen3-8b.train_gpu", "qwen3-8b.serve_gpu"}
+    assert _without_pools(second["jobs"]) == _without_pools(plain["jobs"])
+    assert {name: second[name] for name in ("sensors", "schedules", "resources")} == {
+        name: plain[name] for name in ("sensors", "schedules", "resources")}
+
+
+@pytest.mark.parametrize(("environment", "name"), [
+    ({}, "train_gpu"), ({PREFIX: "qwen3-8b"}, "qwen3-8b.train_gpu"), ({PREFIX: "qwen3-8b", POOLS: "gpu-0"}, "gpu-0.train_gpu"),
+    ({PREFIX: "qwen3-8b", POOLS: ""}, "train_gpu")])
+def test_targets_on_one_gpu_may_share_pools(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str) -> None:
+    for variable in (PREFIX, POOLS):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert pool_of("train_gpu") == name
 
 
 def test_adapt_draft_needs_no_config() -> None:

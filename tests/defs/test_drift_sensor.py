@@ -231,7 +231,7 @@ def test_a_lake_that_is_away_is_a_reason_and_forgets_nothing(bench: Bench) -> No
     assert "only 0 of 60" in why(bench.tick())
     before, lake = bench.cursor, Path(bench.config.state.lake)
     lake.rename(lake.with_name("away"))
-    lake.write_text("no folder")
+    lake.symlink_to(lake)
     assert "the lake is away, nothing was judged: can't list" in why(bench.tick()) and bench.cursor == before
     lake.unlink()
     lake.with_name("away").rename(lake)

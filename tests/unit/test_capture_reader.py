@@ -19,8 +19,7 @@ from tests.fakes_capture import ENGINE, HIDDEN, SLOW, TAPS, TARGET, FakeEngine, 
 from tide_pipeline.capture.names import SUPERSEDES_KEY, sealed, successor, written_at
 from tide_pipeline.capture.reader import count_rows, list_windows, live_shards, reached_at, read_states
 from tide_pipeline.capture.recorder import Recorder
-from tide_pipeline.capture.rows import words_of, write_words
-from tide_pipeline.capture.schema import bf16_tensor
+from tide_pipeline.capture.rows import bf16_tensor, words_of, write_words
 from tide_pipeline.capture.store import Store
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, LakeError, NotEnoughSignals

@@ -18,6 +18,7 @@ from tests.fakes_capture import TARGET, FakeEngine, make_recorder
 from tests.fakes_drift import acceptance_row, config_in, write_log
 from tide_pipeline.capture import index as index_module
 from tide_pipeline.capture import names
+from tide_pipeline.capture import reader as reader_module
 from tide_pipeline.capture.compact import compact
 from tide_pipeline.capture.index import Memory
 from tide_pipeline.capture.layout import first_day, live_shards, newest_first, survey
@@ -273,6 +274,18 @@ def test_rows_are_counted_from_the_newest_on_until_there_are_enough(lake: Path, 
     assert counted({"prose": time.time() + 60, "rare": 0.0})[0] == {"prose": 0, "rare": 0}
     assert count_rows_each(lake / "nothing", TARGET, {"prose": 0.0}, enough=1, among=1) == {"prose": 0}
     assert count_rows_each(lake / "signals", TARGET, {}, enough=1, among=1) == {}
+
+
+def test_a_count_opens_few_shards_and_the_next_one_goes_on(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no look of the drift sensor takes long, whatever was captured before its process started."""
+    read, opened = index_module._read, []
+    monkeypatch.setattr(index_module, "_memory", Memory(1000))
+    monkeypatch.setattr(index_module, "_read", lambda shard, target: opened.append(shard) or read(shard, target))
+    monkeypatch.setattr(reader_module, "MOST_OPENED", 3)
+    found = []
+    for _ in range(4):
+        found.append((count_rows_each(lake / "signals", TARGET, {"prose": 0.0}, enough=1_000, among=1_000)["prose"], len(opened)))
+    assert found == [(39, 3), (78, 6), (91, 7), (91, 7)]
 
 
 def test_pinned_windows_are_found_where_compaction_put_them(tmp_path: Path) -> None:

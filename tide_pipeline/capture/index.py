@@ -65,6 +65,11 @@ class Memory:
 _memory = Memory(MAX_REMEMBERED)
 
 
+def is_remembered(shard: Stored, target: str) -> bool:
+    """Whether `windows_in` opens nothing."""
+    return _memory.get((shard, target)) is not None
+
+
 def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
     """Every window of a shard. Raises CorruptShard for one of another kind, OSError or ArrowException for one that can't be read."""
     found = _memory.get((shard, target))

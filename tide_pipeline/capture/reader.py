@@ -9,23 +9,23 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from tide_pipeline.capture.digests import DIGESTS
 from tide_pipeline.capture.encryption import parquet_file
-from tide_pipeline.capture.index import windows_in
+from tide_pipeline.capture.index import is_remembered, windows_in
 from tide_pipeline.capture.layout import Listing, Vanished, live_shards, newest_first, settled, survey, targets, written_at
 from tide_pipeline.capture.newest import Newest, RowCount
-from tide_pipeline.capture.schema import bf16_tensor
 from tide_pipeline.capture.store import Root, Stored, away, is_away, open_uri
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import CorruptShard, NotEnoughSignals
+
+if TYPE_CHECKING:
+    from torch import Tensor  # where states are read it is imported: the drift sensor only counts rows, and does not wait for torch
 
 __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_each", "find_again", "identity", "list_windows",
            "live_shards", "reached_at", "read_states"]
@@ -33,6 +33,7 @@ __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_
 _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
+MOST_OPENED = 300                  # shards by one count, at a millisecond each: the next one goes on where it ended
 LATE_S = 3_600.0                   # a window lies in the folder of the hour in which it was written, at most so long after it closed
 
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest",
@@ -60,7 +61,7 @@ class WindowStates:
     token_ids: Tensor                      # int64 [T + 1]
     taps_TG: Tensor                        # bf16 [T, num_taps * D]
     final_TD: Tensor | None                # bf16 [T, D]; None when the engine has soft_targets = false
-    rejected_R2: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int32))    # position, rejected draft token
+    rejected_R2: Tensor = field(default_factory=lambda: _rejected(None))    # position, rejected draft token
 
     @property
     def num_rows(self) -> int:
@@ -98,7 +99,7 @@ def find_again(signals_root: Root, target: str, known: Collection[Identity]) -> 
 
 
 def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool], since: float | None, until: float | None,
-                  engine_digest: str | None, found: Newest | RowCount, among: int | None) -> WindowIndex:
+                  engine_digest: str | None, found: Newest | RowCount, among: int | None, opens: int | None = None) -> WindowIndex:
     begun_before = None if until is None else until + LATE_S
     # Without a limit every shard is wanted, and one listing of all costs a bucket fewer requests than one of each day.
     listings = (iter([survey(root, target, since, begun_before)]) if not found.is_bounded and among is None
@@ -107,7 +108,7 @@ def _list_windows(root: Root, target: str, wanted: Callable[[SignalWindow], bool
     skipped: list[tuple[Stored, str]] = []
     seen: set[tuple[str, int, int, float]] = set()
     other_engines, is_empty = 0, True
-    for shard in _newest_first(listings, skipped):
+    for shard in _to_open(_newest_first(listings, skipped), target, opens):
         is_empty = False
         if found.needs_nothing_before(written_at(shard)) or (among is not None and len(seen) >= among):
             break
@@ -131,6 +132,16 @@ def _newest_first(listings: Iterable[Listing], skipped: list[tuple[Stored, str]]
         yield from reversed(listing.live)
 
 
+def _to_open(shards: Iterable[Stored], target: str, opens: int | None) -> Iterator[Stored]:
+    """As many as there are before more than `opens` of them would have to be opened; None is no limit."""
+    opened = 0
+    for shard in shards:
+        opened += opens is not None and not is_remembered(shard, target)
+        if opens is not None and opened > opens:
+            return
+        yield shard
+
+
 def _holds_nothing(root: Root, target: str) -> bool:
     return not any(listing.live or listing.skipped for listing in newest_first(root, target))
 
@@ -148,11 +159,12 @@ def count_rows_each(signals_root: Root, target: str, since: Mapping[str, float],
     """Captured token rows of every workload in `since`, closed at that time or later, from the newest on; for who asks again and again.
 
     Shards are opened until each workload has `enough` rows (more are not counted), or until they held `among` windows of all workloads
-    together. Raises LakeError when the lake can't be listed.
+    together. A call opens no more than MOST_OPENED that no call before it has read: after a start, older rows come with the next calls.
+    Raises LakeError when the lake can't be listed.
     """
     def counted() -> dict[str, int]:
         found = RowCount(since, enough)
-        _list_windows(signals_root, target, found.wants, min(since.values()), None, None, found, among)
+        _list_windows(signals_root, target, found.wants, min(since.values()), None, None, found, among, MOST_OPENED)
         return found.rows
 
     try:
@@ -248,6 +260,10 @@ def _read_shard(uri: str, wanted: Sequence[SignalWindow]) -> Iterator[tuple[Sign
 
 def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
     """The window's states, or what is wrong with them."""
+    import torch
+
+    from tide_pipeline.capture.rows import bf16_tensor
+
     cell = {name: table.column(name)[row] for name in _STATES}
     token_ids = cell["token_ids"].values.to_numpy(zero_copy_only=False)
     num_rows, hidden_size, num_taps = (cell[name].as_py() for name in ("num_rows", "hidden_size", "num_taps"))
@@ -266,6 +282,10 @@ def _decode(window: SignalWindow, table: Any, row: int) -> WindowStates | str:
 
 
 def _rejected(pairs: Any) -> Tensor:
-    """[R, 2]: where each rejected draft token would have stood, and the token."""
+    """[R, 2]: where each rejected draft token would have stood, and the token; None is no pair."""
+    import torch
+
+    if pairs is None:
+        return torch.zeros(0, 2, dtype=torch.int32)
     columns = [pairs.field(name).to_numpy(zero_copy_only=False) for name in ("position", "token")]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32))

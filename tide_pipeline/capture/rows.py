@@ -1,4 +1,4 @@
-"""Rows of states on their way from a ring to a shard: bf16 as 16-bit words, which numpy can hold. Knows neither tokens nor files.
+"""Rows of states on their way from a ring to a shard, and back: bf16 as 16-bit words, which numpy can hold. Knows neither tokens nor files.
 
 numpy and not torch: a step copies a few rows for each request, and a slice and a copy of torch cost several times as much.
 """
@@ -6,6 +6,7 @@ numpy and not torch: a step copies a few rows for each request, and a slice and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ def words_of(rows_NW: Tensor) -> Words:
     assert rows_NW.dtype == torch.bfloat16
     words: Words = rows_NW.view(torch.int16).numpy()       # torch bf16 has no numpy type
     return words
+
+
+def bf16_tensor(data: Any, num_rows: int) -> Tensor:
+    """A fresh bf16 tensor [num_rows, X] from such bytes (anything with the buffer protocol). One copy, bits preserved."""
+    words = np.frombuffer(data, dtype="<i2").reshape(num_rows, -1)
+    return torch.from_numpy(words.astype(np.int16)).view(torch.bfloat16)
 
 
 class OpenRows:

@@ -1,4 +1,4 @@
-"""The columns of both lake datasets and how states become bytes. Knows no files and no requests; docs/signals.md explains each column.
+"""The columns of both lake datasets; docs/signals.md explains each. Knows no files, no requests, and no torch: drift does without it.
 
 T = rows of a window, D = hidden size, G = num_taps * D (the taps of one row), W = G or G + D (a row of the engine's ring).
 """
@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 _TIME = pa.timestamp("us", tz="UTC")
 STATE_COLUMNS = ("taps", "final")
@@ -111,12 +109,6 @@ def _leaves(path: str, kind: Any) -> list[str]:
     if pa.types.is_list(kind):
         return _leaves(f"{path}.list.element", kind.value_type)
     return [path]
-
-
-def bf16_tensor(data: Any, num_rows: int) -> Tensor:
-    """A fresh bf16 tensor [num_rows, X] from such bytes (anything with the buffer protocol). One copy, bits preserved."""
-    words = np.frombuffer(data, dtype="<i2").reshape(num_rows, -1)
-    return torch.from_numpy(words.astype(np.int16)).view(torch.bfloat16)
 
 
 def token_bytes(token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> bytes:

@@ -12,6 +12,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import EngineBuild
 from tide_pipeline.defs.adaptation import Adaptation, Request, served_build
 from tide_pipeline.defs.begun import tag_begun
+from tide_pipeline.defs.keys import pool_of
 from tide_pipeline.defs.lake import GROUP, signal_windows
 from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES, challenger_tags, runtime_tags
 from tide_pipeline.defs.meanwhile import meanwhile
@@ -30,7 +31,7 @@ from tide_pipeline.defs.trainer import (
 if TYPE_CHECKING:
     from tide_pipeline.registry.registry import RegisteredDraft, Registry
 
-TRAIN_POOL = "train_gpu"
+TRAIN_POOL = pool_of("train_gpu")
 
 
 class AdaptConfig(dg.Config):

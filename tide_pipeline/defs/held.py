@@ -21,7 +21,7 @@ MOST_RUNS = 50                     # of an episode: attempts, their re-execution
 
 def why_held(instance: dg.DagsterInstance, config: TideConfig, latest: Deployment | None, workload: str, since: float) -> str:
     """What keeps a draft for `workload` from being deployed once it is trained, or has kept one since `since`; "" for nothing."""
-    from tide_pipeline.rollout.promote import Mode, mode_of
+    from tide_pipeline.rollout.mode import Mode, mode_of
 
     mode, is_pinned = mode_of(config), latest is not None and latest.hold == PINNED
     if latest is not None and (is_under_way(latest) or (latest.stage == PROPOSED and mode is Mode.PROPOSE)):

@@ -122,7 +122,7 @@ def approve_rollout() -> None:
     follow_champion(approve_proposal())
 
 
-@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: BY_HAND},
+@dg.job(executor_def=dg.in_process_executor, tags={MAX_RUNTIME: "600", REASON: BY_HAND, "dagster/priority": "10"},
         description="Serve again what was served before the last rollout.")
 def rollback() -> None:
     follow_champion(roll_back())

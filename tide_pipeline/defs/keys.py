@@ -1,7 +1,7 @@
-"""Names of assets: plain, or with TIDE_DAGSTER_PREFIX before them, where one Dagster shows several targets. Knows no asset.
+"""Names of assets and pools: plain, or with TIDE_DAGSTER_PREFIX before them, where one Dagster shows several targets. Knows no asset.
 
 A target is a code location: a code server whose TIDE_CONFIG names the target's settings. What locations share must differ in name,
-and that is their assets; jobs, sensors and schedules have their location beside their name.
+and that is their assets and pools; jobs, sensors and schedules have their location beside their name.
 """
 
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 PREFIX = "TIDE_DAGSTER_PREFIX"             # of asset keys: such as the target's name; empty for one target
+POOLS = "TIDE_DAGSTER_POOLS"               # of pools, where it is not that of the assets: the same word for targets that share a GPU
 
 
 def prefix() -> str:
@@ -22,6 +23,12 @@ def key_of(name: str, before: str | None = None) -> dg.AssetKey:
     """`before` is for tests; else what the environment says."""
     before = prefix() if before is None else before
     return dg.AssetKey([before, name] if before else [name])
+
+
+def pool_of(name: str) -> str:
+    """Such as qwen3-8b.train_gpu. Read at import, unlike all else of the environment: a pool is an argument of a decorator."""
+    before = os.environ.get(POOLS, prefix())
+    return f"{before}.{name}" if before else name                  # no slash: the UI has pools in its paths
 
 
 def named(*names: str) -> dg.AssetSelection:

@@ -18,8 +18,8 @@ def runtime_tags(config: TideConfig) -> dict[str, str]:
 
 
 def challenger_tags(config: TideConfig) -> dict[str, str]:
-    """Of a run of judge_challenger: it fetches from the registry, trains nothing, and may roll out."""
-    return {MAX_RUNTIME: str(int(REST_S + AWAY_TRIES * AWAY_S + longest_rollout_s(config.rollout)))}
+    """Of a run of judge_challenger: it waits to fetch and to judge, trains nothing, and may roll out."""
+    return {MAX_RUNTIME: str(int(REST_S + 2 * AWAY_TRIES * AWAY_S + longest_rollout_s(config.rollout)))}
 
 
 def rollout_tags(config: TideConfig) -> dict[str, str]:

@@ -14,6 +14,7 @@ from tide_pipeline.defs.adaptation import Adaptation, served_build, served_key
 from tide_pipeline.defs.draft import adaptation_of, answering, draft_engine, waiting_while_away
 from tide_pipeline.defs.drift_sensor import MOST_WINDOWS
 from tide_pipeline.defs.episodes import LEAD_S
+from tide_pipeline.defs.keys import pool_of
 from tide_pipeline.defs.lake import GROUP
 from tide_pipeline.defs.resources import TideResource
 from tide_pipeline.defs.split import ASKED, BEGUN, COLLECTED, JUDGED, split, without_waiting
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tide_pipeline.gate.run import GateReport
 
 TICK_S = 10.0                              # that a sensor's round and its lingering may take
-SERVE_POOL = "serve_gpu"                   # what measures speed on the devices that serve: one at a time, or both are slow
+SERVE_POOL = pool_of("serve_gpu")          # what measures speed on the devices that serve: one at a time, or both are slow
 
 
 @dg.asset(deps=[draft_engine], group_name=GROUP, kinds={"python"}, owners=["team:inference"], pool=SERVE_POOL)
@@ -77,7 +78,8 @@ def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterato
     In mode "observe" nothing happens here; in mode "propose" the job approve_rollout waits for somebody to launch it.
     """
     from tide_pipeline.gate.run import load_verdict
-    from tide_pipeline.rollout.promote import Mode, mode_of, promote, propose
+    from tide_pipeline.rollout.mode import Mode, mode_of
+    from tide_pipeline.rollout.promote import promote, propose
 
     settings, adaptation = tide.settings(), adaptation_of(context, tide)
     build, asked, mode = adaptation.build(), adaptation.request(), mode_of(settings)

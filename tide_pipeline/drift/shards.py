@@ -11,7 +11,6 @@ import sys
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tide_pipeline.capture.encryption import for_reading, parquet_file
@@ -53,6 +52,8 @@ def _readable(root: Root, target: str, schema: Any, part: Part) -> tuple[list[St
 
 def through_pyarrow(shards: list[Stored], schema: Any) -> Any:
     """Shards as a dataset that DuckDB scans: for a bucket its own reader is an extension to download, and it has no key of ours."""
+    import pyarrow.dataset as ds  # imports pandas, if it is there
+
     options = ds.ParquetFragmentScanOptions(**for_reading())
     partitions = ds.partitioning(pa.schema([("target", pa.string()), ("date", pa.date32()), ("hour", pa.int32())]), flavor="hive")
     store = shards[0].store

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import ANY_WORKLOAD, Deployment, EngineBuild, GateVerdict
 from tide_pipeline.deployment.builds import load_build
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused, SettingsError
+from tide_pipeline.errors import BuildError, DeploymentConflict, GateNotPassed, RolloutRefused
 from tide_pipeline.gate.judge import BENCHED, DOORS
 from tide_pipeline.rollout.drive import Driver, Report
 from tide_pipeline.rollout.history import (
@@ -33,22 +32,6 @@ from tide_pipeline.rollout.replicas import find_replicas, why_nobody
 from tide_pipeline.rollout.standing import check_standing
 
 Decide = Callable[[Deployment | None], Deployment]
-
-
-class Mode(StrEnum):
-    """What becomes of a draft that passed the gate, without a person."""
-
-    OBSERVE = "observe"            # nothing
-    PROPOSE = "propose"            # a proposal in the record
-    AUTO = "auto"                  # a rollout
-
-
-def mode_of(config: TideConfig) -> Mode:
-    """Raises SettingsError for another word."""
-    try:
-        return Mode(config.rollout.mode)
-    except ValueError as error:
-        raise SettingsError(f"rollout.mode is {config.rollout.mode!r}: choose {', '.join(Mode)}") from error
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tide_pipeline.capture.reader import WindowStates, list_windows, read_states
 from tide_pipeline.config import TideConfig, TrainingSettings
 from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.errors import EngineMismatch, NotEnoughSignals
 from tide_pipeline.training.span import ALWAYS, Span
-from tide_pipeline.training.target_head import TargetHead
+
+if TYPE_CHECKING:
+    from tide_pipeline.training.target_head import TargetHead
 
 EARLIER = " (earlier)"             # appended to the tag of a drifted workload's windows from before the drift
 MIN_ROWS = 8                       # of a window: shorter ones hold no chain worth training on
