@@ -33,7 +33,7 @@ __all__ = ["Identity", "WindowIndex", "WindowStates", "count_rows", "count_rows_
 _log = logging.getLogger(__name__)
 
 Identity = tuple[str, int, int, float, str]
-MOST_OPENED = 300                  # shards by one count, at a millisecond each: the next one goes on where it ended
+MOST_OPENED = 200                  # shards by one count, at a millisecond each: the next one goes on where it ended
 LATE_S = 3_600.0                   # a window lies in the folder of the hour in which it was written, at most so long after it closed
 
 _STATES = ("request_id", "start_pos", "num_rows", "hidden_size", "num_taps", "token_ids", "rejected", "taps", "final", "digest",
