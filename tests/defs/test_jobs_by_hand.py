@@ -187,6 +187,6 @@ def test_a_run_may_take_as_long_as_the_longest_rollout_its_settings_allow(config
     needed_s = 14_400 + 900 + 11 * 1500
     assert longest_rollout_s(slow.rollout) == needed_s
     assert rollout_tags(slow) == {MAX_RUNTIME: str(int(REST_S + needed_s))}
-    assert challenger_tags(slow) == {MAX_RUNTIME: str(int(REST_S + AWAY_TRIES * AWAY_S + needed_s))}
+    assert challenger_tags(slow) == {MAX_RUNTIME: str(int(REST_S + 2 * AWAY_TRIES * AWAY_S + needed_s))}
     for job in ("promote", "approve_rollout", "judge_challenger"):
         assert MAX_RUNTIME not in defs().resolve_job_def(job).tags, "run monitoring would read the job's first"
