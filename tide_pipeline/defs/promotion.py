@@ -89,7 +89,7 @@ def live_draft(context: dg.AssetExecutionContext, tide: TideResource) -> Iterato
         context.instance.add_run_tags(context.run.run_id, {PASSED: build.build_id, TARGET: settings.target, WORKLOAD: asked.workload})
     if mode is Mode.OBSERVE:
         context.log.info(f"{build.draft_version} passed the gate and is not deployed: rollout.mode is observe. "
-                         f"`tide rollout {build.build_id}` does it by hand")
+                         f"`tide rollout {build.build_id}` does it by hand, or the job promote")
         return
     if mode is Mode.PROPOSE:
         proposed = propose(settings, build, verdict, workload=key, who=who, reason=reason)
