@@ -31,14 +31,14 @@ def test_it_looks_when_something_was_written_and_ends_in_time(monkeypatch: pytes
         seen.append(clock.now)
         return clock.now
 
-    found, to_the_end = linger(look, lambda at: True, lambda: clock.now // 1.0, for_s)             # a shard each second
-    assert len(seen) == looks and found == seen[-1] and clock.now - 100.0 == took_s and to_the_end
+    found = linger(look, lambda at: True, lambda: clock.now // 1.0, for_s)             # a shard each second
+    assert len(seen) == looks and found == seen[-1] and clock.now - 100.0 == took_s
 
 
 def test_it_ends_with_what_it_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert linger(lambda: clock.now, lambda at: at < 101.0, lambda: clock.now, 4.0) == (101.0, False)
-    assert linger(lambda: clock.now, lambda at: False, not_asked, 4.0) == (101.0, False) and clock.now == 101.0
+    assert linger(lambda: clock.now, lambda at: at < 101.0, lambda: clock.now, 4.0) == 101.0
+    assert linger(lambda: clock.now, lambda at: False, not_asked, 4.0) == 101.0 and clock.now == 101.0
 
 
 def test_what_is_written_while_it_looks_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_what_is_written_while_it_looks_is_looked_at(monkeypatch: pytest.MonkeyP
         looks.append(clock.now)
         return len(looks)
 
-    assert linger(look, lambda seen: seen < 2, lambda: "a shard of the first look's time", 4.0) == (2, False)
+    assert linger(look, lambda seen: seen < 2, lambda: "a shard of the first look's time", 4.0) == 2
     assert looks == [100.0, 100.0 + AGAIN_S]
 
 
@@ -61,7 +61,7 @@ def test_a_later_look_that_fails_loses_nothing_and_a_first_one_is_told(monkeypat
             raise LakeError("away")
         return clock.now
 
-    assert linger(lambda: away("look"), lambda at: True, lambda: away("written"), 4.0) == (100.0, True)
+    assert linger(lambda: away("look"), lambda at: True, lambda: away("written"), 4.0) == 100.0
     if fails == "look":
         with pytest.raises(LakeError):
             linger(lambda: away("look"), lambda at: True, lambda: 0, 4.0)

@@ -37,8 +37,9 @@ from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import LakeAway
 
 OBSERVE_EVERY_S = 60.0             # observations stay in Dagster's event log for ever
-MOST_LINGERED = 3                  # ticks in a row: what stays unsure for longer is no fall that has just begun
-SOON_S = 15.0                      # of missing signals: a tick, its lingering, and the time by which a run is asked for ahead
+MOST_LINGERED = 3                  # ticks in a row for a verdict: what stays unsure for longer is no fall that has just begun
+SOON_S = 30.0                      # signals that are missing may be there sooner than that, should traffic grow
+VERDICT, SIGNALS = "verdict", "signals"
 MOST_TOLD = 16                     # workloads in a skip reason, which is stored with every tick
 MOST_WINDOWS = 100_000             # counted through: two thirds of what capture/index.py remembers, so that a tick opens new shards alone
 UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED,
@@ -51,7 +52,7 @@ class Choice:
 
     verdict: DriftVerdict | None
     why_none: str = ""
-    is_near: bool = False          # what is missing may be there in seconds
+    near: str = ""                 # VERDICT or SIGNALS: what is missing and may be there in seconds
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def look_and_ask(context: dg.SensorEvaluationContext, config: TideConfig) -> dg.
         episodes.update(seen.episodes)
         return seen
 
-    seen, has_lingered = linger(look_once, lambda seen: seen.choice.is_near, lambda: _newest_shards(config, began),
-                                config.drift.linger_s if memory.lingered < MOST_LINGERED else 0.0)
+    worth_it = (SIGNALS, VERDICT) if memory.lingered < MOST_LINGERED else (SIGNALS,)
+    seen = linger(look_once, lambda seen: seen.choice.near in worth_it, lambda: _newest_shards(config, began), config.drift.linger_s)
     chosen = seen.choice.verdict
     if chosen is not None:
         episode = episodes[chosen.workload]
@@ -97,7 +98,7 @@ def look_and_ask(context: dg.SensorEvaluationContext, config: TideConfig) -> dg.
         run_requests=[_request(config, chosen, episodes[chosen.workload], seen.at)] if chosen else [],
         skip_reason=None if chosen else seen.choice.why_none + seen.left_out,
         cursor=Memory(began, began if is_due else memory.observed_at, kept(episodes, seen.at, config.drift),
-                      min(memory.lingered + 1, MOST_LINGERED) if has_lingered else 0).to_cursor(),
+                      min(memory.lingered + 1, MOST_LINGERED) if seen.choice.near == VERDICT else 0).to_cursor(),
         asset_events=look(config) if is_due else [])
 
 
@@ -133,21 +134,21 @@ def choose(instance: dg.DagsterInstance, config: TideConfig, verdicts: Sequence[
         latest = DeploymentRecord(config.state.deployments, config.target).latest()
         waits |= {v.workload: why_held(instance, config, latest, v.workload, episodes[v.workload].since) for v in left}
     left = [v for v in left if not waits[v.workload]]
-    is_near = any(is_close(v, config.drift) and not episodes[v.workload].is_open and not why_wait(episodes[v.workload], now, config.drift)
-                  for v in ranked)
+    near = VERDICT if any(is_close(v, config.drift) and not episodes[v.workload].is_open
+                          and not why_wait(episodes[v.workload], now, config.drift) for v in ranked) else ""
     collected = _collected(config, {v.workload: episodes[v.workload].since for v in left}, now)
     served: dict[str, float] | None = None                               # read once, and only when something may be begun
     for verdict in left:
         wait = why_too_few(*collected[verdict.workload], config.drift)
-        if wait:
-            is_near |= enough_in_s(*collected[verdict.workload], config.drift) <= SOON_S
-        else:
+        if wait and enough_in_s(*collected[verdict.workload], config.drift) <= SOON_S:
+            near = SIGNALS
+        if not wait:
             served = served if served is not None else _served(config, now)
             wait = _why_not_worth(config, verdict, served)
         if not wait:
             return Choice(verdict)
         waits[verdict.workload] = wait
-    return Choice(None, _told(ranked, waits) or f"no request of {config.target} was answered lately: nothing to judge", is_near)
+    return Choice(None, _told(ranked, waits) or f"no request of {config.target} was answered lately: nothing to judge", near)
 
 
 def _told(ranked: Sequence[DriftVerdict], waits: Mapping[str, str]) -> str:

@@ -19,22 +19,21 @@ AGAIN_S = 0.5
 _log = logging.getLogger(__name__)
 
 
-def linger(look: Callable[[], T], is_near: Callable[[T], bool], written: Callable[[], object], for_s: float) -> tuple[T, bool]:
-    """What `look` returned last, and whether it was `is_near` to the end.
+def linger(look: Callable[[], T], is_near: Callable[[T], bool], written: Callable[[], object], for_s: float) -> T:
+    """What `look` returned last. While that `is_near`, it is called again whenever `written` changed, for at most `for_s` seconds.
 
-    While it is near, `look` is called again whenever `written` changed, for at most `for_s` seconds. An error of the first look is raised;
-    one of a later look ends the lingering with what was seen before.
+    An error of the first look is raised; one of a later look ends the lingering with what was seen before.
     """
     until = time.monotonic() + for_s
     seen, before = look(), object()                    # what was written during the first look is new too
     while is_near(seen):
         if time.monotonic() + AGAIN_S > until:
-            return seen, True
+            break
         time.sleep(AGAIN_S)
         try:
             if (now := written()) != before:
                 before, seen = now, look()
         except TideError as error:
             _log.warning("not looked at again in this tick: %s", error)
-            return seen, True
-    return seen, False
+            break
+    return seen
