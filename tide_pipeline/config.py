@@ -159,7 +159,7 @@ class GateSettings:
     bench_prompts: int = 8
     bench_tokens: int = 32             # of each; more tokens of the same prompts tell little more (docs/LOG.md)
     min_speedup_ratio: float = 1.0     # challenger's tokens/s over champion's, median
-    equivalence_prompts: int = 16
+    equivalence_prompts: int = 12      # whose greedy output is held against plain decoding: the timed ones and some more
     epsilon: float = 1e-4              # logit gap below which two tokens count as tied in fp32; in bf16 see gate/equivalence.py
 
 
