@@ -52,7 +52,9 @@ def test_a_verdict_that_gets_unsure_again_closes_nothing() -> None:
     opened = dataclasses.replace(follow(Episode(), DRIFTED, NOW, SETTINGS), attempts=2)
     assert follow(opened, FALLING, NOW + 5, SETTINGS) == opened
     assert follow(Episode(), FALLING, NOW, SETTINGS) == Episode(), "nor does it open any"
-    assert not follow(opened, FALLING, NOW + UNSURE_S, SETTINGS).is_open, "nothing was certain for ten minutes"
+    assert follow(opened, FALLING, NOW + UNSURE_S, SETTINGS) == opened, "attempts are not given anew, nor is a build that passed forgotten"
+    untried = dataclasses.replace(opened, attempts=0)
+    assert not follow(untried, FALLING, NOW + UNSURE_S, SETTINGS).is_open, "nothing was certain for ten minutes"
     assert not follow(opened, dataclasses.replace(FALLING, draft_version="v2"), NOW + 5, SETTINGS).is_open
 
 

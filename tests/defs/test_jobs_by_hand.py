@@ -16,7 +16,7 @@ from tide_pipeline.build.engine import build_engine
 from tide_pipeline.config import TideConfig, override
 from tide_pipeline.contracts import Deployment, EngineBuild
 from tide_pipeline.definitions import defs
-from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES, REST_S, challenger_tags, longest_rollout_s, rollout_tags
+from tide_pipeline.defs.limits import REST_S, challenger_tags, longest_rollout_s, rollout_tags, waits_s
 from tide_pipeline.defs.tags import AFTER, MAX_RUNTIME, REASON, RETRY, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.models.target import Target
@@ -136,6 +136,25 @@ def test_promote_says_why_its_build_went_back_and_is_not_tried_again(
     assert not again.success and "can't be loaded here" in why(again, "promote_build") and latest(config) == ended
 
 
+def test_who_joined_a_rollout_that_went_back_meanwhile_begins_no_second_one(
+        config: TideConfig, challenger: EngineBuild, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched while its canary stands, which somebody else opened; then the worker is killed, and live traffic sends the draft back."""
+    def dies(*_: object) -> None:
+        raise Killed
+
+    judged(config, challenger)
+    with FakeReplica(config, "replica-0", breaks_on=challenger.draft_digest):
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "drive", dies)
+            for _ in range(2):
+                launch(instance, "promote", "promote_build", build_id=challenger.build_id)
+        joined = instance.get_runs(limit=1)[0]
+        assert latest(config).stage == "canary" and joined.tags[AFTER] == "1"
+        Driver(config, "rollout sensor").drive(latest(config).began)
+        again = launch(instance, "promote", "promote_build", {**joined.tags, RETRY: "1"}, build_id=challenger.build_id)
+    assert not again.success and [d.stage for d in record(config).history()] == ["stable", "canary", "rolled_back"]
+
+
 @pytest.mark.parametrize("is_over", [False, True], ids=["under way", "over"])
 def test_an_approval_whose_worker_was_killed_is_gone_on_with(
         config: TideConfig, challenger: EngineBuild, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, is_over: bool) -> None:
@@ -177,7 +196,7 @@ def test_the_way_back_is_green_and_tagged_though_mlflow_is_away(
         done = launch(instance, "rollback", "roll_back", tags, reason=reason)
         assert done.success and latest(config).reason == reason and latest(config).groups == record(config).read(1).groups
         found = tags_of(instance, done)
-        assert found[TARGET] == "tiny" and found[REASON] == told and WORKLOAD not in found
+        assert found[REASON] == told and TARGET not in found and WORKLOAD not in found, "launched again, it queues behind nothing"
         assert found[MAX_RUNTIME] == tags.get(MAX_RUNTIME, "600")
     assert any("aliases were not moved, the sensor will" in entry.user_message for entry in instance.all_logs(done.run_id))
 
@@ -187,6 +206,6 @@ def test_a_run_may_take_as_long_as_the_longest_rollout_its_settings_allow(config
     needed_s = 14_400 + 900 + 11 * 1500
     assert longest_rollout_s(slow.rollout) == needed_s
     assert rollout_tags(slow) == {MAX_RUNTIME: str(int(REST_S + needed_s))}
-    assert challenger_tags(slow) == {MAX_RUNTIME: str(int(REST_S + 2 * AWAY_TRIES * AWAY_S + needed_s))}
+    assert challenger_tags(slow) == {MAX_RUNTIME: str(int(REST_S + waits_s(2) + needed_s))}
     for job in ("promote", "approve_rollout", "judge_challenger"):
         assert MAX_RUNTIME not in defs().resolve_job_def(job).tags, "run monitoring would read the job's first"

@@ -105,6 +105,8 @@ def test_a_storage_that_is_away_is_waited_for_and_costs_no_crash_its_second_try(
         return end
 
     assert (ended(75).max_retries, ended(75).seconds_to_wait) == (AWAY_TRIES, AWAY_S)
+    given_up = after_a_failed_training(DagsterPipesExecutionError("process failed with code 75"), "LakeAway: can't list it", AWAY_TRIES)
+    assert isinstance(given_up, dg.Failure) and given_up.description == "LakeAway: can't list it", "not a number"
     assert ended(-9).max_retries == 1 and ended(-9, waited=3).max_retries == 4, "Dagster counts the three as tries, too"
 
 

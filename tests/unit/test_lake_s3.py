@@ -26,7 +26,7 @@ from tide_pipeline.capture.layout import live_shards, survey
 from tide_pipeline.capture.reader import list_windows, read_states
 from tide_pipeline.capture.retain import Retention, retain
 from tide_pipeline.capture.schema import ACCEPTANCE_SCHEMA
-from tide_pipeline.capture.store import away, is_away, open_store
+from tide_pipeline.capture.store import away, is_away, open_store, unlisted
 from tide_pipeline.capture.tombstones import read_tombstones
 from tide_pipeline.capture.verify import EngineFacts, verify_acceptance, verify_signals
 from tide_pipeline.config import CaptureSettings, TideConfig, override
@@ -241,6 +241,10 @@ def test_what_is_damaged_or_denied_is_not_away() -> None:
     assert not is_away(OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"))
     assert not is_away(OSError(5, "Input/output error")) and not is_away(PermissionError(13, "Permission denied"))
     assert not is_away(OSError("When reading information for key 'k' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation"))
+    for denied in (PermissionError(13, "Permission denied"), OSError("in 'b': AWS Error ACCESS_DENIED during ListObjectsV2 operation"),
+                   OSError("in 'b': AWS Error UNKNOWN (HTTP status 403) during ListObjectsV2 operation")):
+        assert type(unlisted("s3://b", denied)) is LakeError, "no waiting brings rights"
+    assert type(unlisted("s3://b", OSError("in bucket 'b': AWS Error NETWORK_CONNECTION during ListObjectsV2 operation"))) is LakeAway
     assert is_away(OSError(116, "Stale file handle")) and is_away(TimeoutError(110, "Connection timed out"))
     assert is_away(OSError("When reading 'k' in bucket 'b': AWS Error UNKNOWN (HTTP status 503) during GetObject operation"))
 

@@ -32,6 +32,7 @@ from tide_pipeline.contracts import SignalWindow
 from tide_pipeline.drift import early
 from tide_pipeline.drift.early import early_life
 from tide_pipeline.drift.shards import Part, readable_shards
+from tide_pipeline.errors import CorruptShard
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 NOON = time.time() // DAY_S * DAY_S - DAY_S / 2            # yesterday
@@ -286,6 +287,22 @@ def test_a_count_opens_few_shards_and_the_next_one_goes_on(lake: Path, monkeypat
     for _ in range(4):
         found.append((count_rows_each(lake / "signals", TARGET, {"prose": 0.0}, enough=1_000, among=1_000)["prose"], len(opened)))
     assert found == [(39, 3), (78, 6), (91, 7), (91, 7)]
+
+
+def test_shards_that_can_not_be_read_hide_no_older_ones(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer than all others, more than one count opens, and tried again by every count."""
+    monkeypatch.setattr(index_module, "_memory", Memory(1000))
+    monkeypatch.setattr(reader_module, "MOST_OPENED", 3)
+    newest, read = live_shards(lake / "signals", TARGET)[-3:], index_module._read
+
+    def refusing(shard: Stored, target: str) -> Any:
+        if shard in newest:
+            raise CorruptShard("schema version 99")
+        return read(shard, target)
+
+    monkeypatch.setattr(index_module, "_read", refusing)
+    counts = [count_rows_each(lake / "signals", TARGET, {"prose": 0.0}, enough=1_000, among=1_000)["prose"] for _ in range(4)]
+    assert counts == [0, 39, 52, 52]
 
 
 def test_pinned_windows_are_found_where_compaction_put_them(tmp_path: Path) -> None:

@@ -207,6 +207,15 @@ def test_one_that_never_began_leaves_no_record_and_the_page_says_so(config: Tide
     assert "1 training left no record of their time" in in_words(data)
 
 
+def test_a_version_that_was_judged_by_hand_was_not_trained(config: TideConfig) -> None:
+    """judge_challenger leaves a folder as well: what was asked for, what came out of the registry, and a build."""
+    adaptation = Adaptation.of(config, "cccc")
+    adaptation.save("request", Request("de", "version 4 was asked for in MLflow"))
+    adaptation.mark(built=time.time(), judged=time.time())
+    data = page_of(config)
+    assert not data.untimed_trainings and not data.trainings
+
+
 # --- whose, and when ----------------------------------------------------------------------------------------------
 
 def test_another_target_of_the_same_state_has_its_own_page(config: TideConfig) -> None:

@@ -63,18 +63,23 @@ class Memory:
 
 
 _memory = Memory(MAX_REMEMBERED)
+_unreadable: set[tuple[Stored, str]] = set()
 
 
 def is_remembered(shard: Stored, target: str) -> bool:
-    """Whether `windows_in` opens nothing."""
-    return _memory.get((shard, target)) is not None
+    """Whether `windows_in` opens nothing, or has been seen to fail."""
+    return (shard, target) in _unreadable or _memory.get((shard, target)) is not None
 
 
 def windows_in(shard: Stored, target: str) -> tuple[SignalWindow, ...]:
     """Every window of a shard. Raises CorruptShard for one of another kind, OSError or ArrowException for one that can't be read."""
     found = _memory.get((shard, target))
     if found is None:
-        found = _read(shard, target)
+        try:
+            found = _read(shard, target)
+        except (CorruptShard, OSError, ValueError, KeyError, pa.ArrowException):
+            _unreadable.add((shard, target))
+            raise
         _memory.put((shard, target), found)
     return found
 

@@ -28,8 +28,8 @@ from tide_pipeline.capture.names import (
     written_at,
 )
 from tide_pipeline.capture.sink import is_leftover
-from tide_pipeline.capture.store import Root, Store, Stored, is_away, open_store
-from tide_pipeline.errors import LakeAway, LakeError
+from tide_pipeline.capture.store import Root, Store, Stored, is_away, open_store, unlisted
+from tide_pipeline.errors import LakeError
 
 __all__ = ["SUPERSEDES_KEY", "TARGET_KEY", "Listing", "Vanished", "live_shards", "scan", "settled", "survey", "targets", "written_at"]
 
@@ -95,7 +95,7 @@ def _listing(root: Root) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LakeAway(f"can't list {root}: {error}; check that it is there and readable by this user") from error
+        raise unlisted(root, error) from error
 
 
 def first_day(root: Root, target: str) -> float | None:

@@ -36,6 +36,8 @@ _AWAY = {errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.E
          errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ESHUTDOWN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO}
 _BUCKET_AWAY = re.compile(r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|"
                           r"\w+ \(HTTP status (5\d\d|429)\))")
+_BUCKET_DENIES = re.compile(r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|"
+                            r"\w+ \(HTTP status 40[13]\))")
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ def open_uri(uri: str) -> Any:
 def is_away(error: BaseException) -> bool:
     """Whether reading one file failed because its storage did not answer. What is damaged or denied is not away."""
     return (isinstance(error, OSError) and error.errno in _AWAY) or _BUCKET_AWAY.search(str(error)) is not None
+
+
+def unlisted(root: object, error: OSError) -> LakeError:
+    """What to raise where a lake can't be listed: LakeAway, but for missing rights, which no waiting brings."""
+    is_denied = isinstance(error, PermissionError) or _BUCKET_DENIES.search(str(error)) is not None
+    return (LakeError if is_denied else LakeAway)(f"can't list {root}: {error}; check that it is there and readable by this user")
 
 
 def away(file: object, error: BaseException) -> LakeAway:

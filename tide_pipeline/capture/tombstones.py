@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 
 from tide_pipeline.capture.names import DELETED
 from tide_pipeline.capture.shard import Origin
-from tide_pipeline.capture.store import Root, Store, open_store
-from tide_pipeline.errors import LakeAway
+from tide_pipeline.capture.store import Root, Store, open_store, unlisted
 
 LATE_S = 3600.0                    # rows of a tenant that were being made when it was deleted, and clocks that differ
 
@@ -54,7 +53,7 @@ def read_tombstones(root: Root) -> Tombstones:
     try:
         names = [file.name for file in open_store(root).files(DELETED)]
     except OSError as error:
-        raise LakeAway(f"can't list what was deleted from {root}: {error}; check that it is readable by this user") from error
+        raise unlisted(root, error) from error
     names = sorted(name for name in names if _NAME.match(name))
     requests, tenants = set(), dict[str, float]()
     for kind, digest, until_ns in (found.groups() for name in names if (found := _NAME.match(name))):

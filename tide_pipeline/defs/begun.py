@@ -11,7 +11,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.defs.limits import rollout_tags
 from tide_pipeline.defs.tags import AFTER, BY_HAND, REASON, RETRY, TARGET, WORKLOAD
 from tide_pipeline.deployment.record import DeploymentRecord
-from tide_pipeline.rollout.history import PROPOSED, is_under_way, workload_of
+from tide_pipeline.rollout.history import PROPOSED, began_of, is_under_way, workload_of
 
 
 def tag_begun(instance: dg.DagsterInstance, run: dg.DagsterRun, wanted: Mapping[str, str], reason: str) -> None:
@@ -34,5 +34,6 @@ def rollout_begins(context: dg.OpExecutionContext, settings: TideConfig, reason:
     tag_begun(context.instance, run, {TARGET: settings.target, WORKLOAD: workload, **rollout_tags(settings)}, reason)
     if RETRY in run.tags and AFTER in run.tags:
         return int(run.tags[AFTER])
-    context.instance.add_run_tags(run.run_id, {AFTER: str(latest.n if latest is not None else 0)})
+    stood = 0 if latest is None else began_of(latest) - 1 if is_under_way(latest) else latest.n      # of one under way, what came before it
+    context.instance.add_run_tags(run.run_id, {AFTER: str(stood)})
     return None

@@ -66,12 +66,13 @@ class Memory:
 def follow(episode: Episode, verdict: DriftVerdict, now: float, settings: DriftSettings) -> Episode:
     """Open or close the episode by the verdict; too little data changes nothing.
 
-    Once open it takes a recovery to close it, by the estimate, or UNSURE_S in which no verdict was certain: the worse a draft is, the less
-    the speculation controller drafts, until the interval of a large drop may reach down to none.
+    Once open it takes a recovery to close it, by the estimate: the worse a draft is, the less the speculation controller drafts, until the
+    interval of a large drop may reach down to none. One that nothing was tried for is closed by UNSURE_S without a certain verdict, too.
     """
     if episode.is_open and verdict.draft_version != episode.draft_version:
         episode = dataclasses.replace(episode, since=0.0)
-    if not verdict.enough_data or (episode.is_open and is_falling(verdict, settings) and now - episode.certain < UNSURE_S):
+    stays = episode.is_open and is_falling(verdict, settings) and (episode.attempts > 0 or now - episode.certain < UNSURE_S)
+    if not verdict.enough_data or stays:
         return episode
     if not verdict.drifted:
         return dataclasses.replace(episode, since=0.0)

@@ -13,7 +13,7 @@ from tide_pipeline.defs.hours import hour_of, look_at_hour
 from tide_pipeline.defs.keys import named
 from tide_pipeline.defs.lake import HOURS, look
 from tide_pipeline.defs.resources import TideResource
-from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON, TARGET
+from tide_pipeline.defs.tags import BY_HAND, MAX_RUNTIME, REASON
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.errors import BuildError, RegistryError
 
@@ -84,7 +84,7 @@ def roll_back(context: dg.OpExecutionContext, config: RollbackConfig, tide: Tide
     from tide_pipeline.rollout import rollback
 
     settings = tide.settings()
-    tag_begun(context.instance, context.run, {TARGET: settings.target}, config.reason)
+    tag_begun(context.instance, context.run, {}, config.reason)        # no target: launched again, it would queue behind what it undoes
     deployment = rollback(settings, who=who_runs(context), reason=config.reason)
     context.log.info(f"deployment {deployment.n} serves {deployment.groups['rest']}")
     return deployment.n

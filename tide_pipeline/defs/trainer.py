@@ -55,7 +55,7 @@ def after_a_failed_training(error: DagsterPipesExecutionError, last_words: str, 
     `waited`: tries of the step that ended for want of storage. Dagster counts every try of a step, whatever it ended for.
     """
     code = int(str(error).rsplit(" ", 1)[-1])
-    if code == AWAY:
+    if code == AWAY and waited < AWAY_TRIES:
         return dg.RetryRequested(max_retries=AWAY_TRIES, seconds_to_wait=AWAY_S)
     if code < 0 or code == STOPPED:
         return dg.RetryRequested(max_retries=1 + waited, seconds_to_wait=CRASHED_S)

@@ -116,7 +116,7 @@ class TrainingFolder:
 def training_folders(config: TideConfig) -> list[TrainingFolder]:
     """Of the target, and those that don't tell whose they are. Folders in which nothing was trained are passed over."""
     folders = [TrainingFolder(path) for path in sorted(config.state.training.glob("*/"))]
-    return [f for f in folders if (f.request or f.progress or f.checkpoint) and f.target in ("", config.target)]
+    return [f for f in folders if ("begun" in f.marks or f.progress or f.checkpoint) and f.target in ("", config.target)]
 
 
 def read_record(file: Path) -> dict[str, Any]:
