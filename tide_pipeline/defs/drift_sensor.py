@@ -160,7 +160,7 @@ def _told(ranked: Sequence[DriftVerdict], waits: Mapping[str, str]) -> str:
 def _collected(config: TideConfig, since: Mapping[str, float], now: float) -> dict[str, tuple[int, float]]:
     """Captured rows of each workload, and how many a second came lately where they are not enough yet."""
     rows = _rows(config, since)
-    lately = {workload: max(since[workload], now - max(10.0, 3 * config.capture.flush_s))      # writers hold some of the newest
+    lately = {workload: max(since[workload], now - max(5.0, 3 * config.capture.flush_s))       # writers hold some of the newest
               for workload, count in rows.items() if count < config.drift.min_signal_rows}
     per_s = {workload: count / (now - lately[workload]) for workload, count in _rows(config, lately).items()}
     return {workload: (count, per_s.get(workload, 0.0)) for workload, count in rows.items()}

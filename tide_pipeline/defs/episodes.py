@@ -16,7 +16,7 @@ from tide_pipeline.contracts import DriftVerdict, from_dict
 
 MOST_KEPT = 256                    # episodes; the cursor is stored with every tick, and tags of workloads come from clients
 FORGET_S = 86_400.0                # after which an open episode of a workload without traffic is over
-LEAD_S = 5.0                       # from a launch to the trainer's look at what was captured: Dagster's queue and two processes that start
+LEAD_S = 7.0                       # from a launch to the trainer's look at what was captured: Dagster's queue and two processes that start
 LEAST = 0.75                       # of the signals must be there, however fast they come: rates are means, and traffic stops
 UNSURE_S = 600.0                   # after which a fall that was certain, and is not any more, is forgotten
 
