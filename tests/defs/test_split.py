@@ -81,6 +81,12 @@ def test_what_the_demo_shows_begins_with_the_shift(tmp_path: Path) -> None:
     assert stages.stages_of(run, tmp_path, 104.0) == {"collect": 29.0, "gate": 9.0}
 
 
+def test_the_demo_shows_stages_as_they_follow_each_other() -> None:
+    heard = {"detect": 4.0, "collect": 45.0, **split(MARKS, ROLLOUT, ROLLOUT[4])}
+    heard_of_late = {stage: heard[stage] for stage in sorted(heard)}
+    assert list(stages.in_order(heard_of_late)) == list(stages.ORDER) == ["detect", *split(MARKS, ROLLOUT, ROLLOUT[4])]
+
+
 def test_the_tag_that_tells_detection_is_the_one_that_the_sensor_sets() -> None:
     """The stack's tools read runs over HTTP and must not import Dagster's definitions, nor these them."""
     assert tags.DRIFTED_AT == stages.DRIFTED_AT

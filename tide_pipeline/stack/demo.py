@@ -36,7 +36,7 @@ from tide_pipeline.stack.local import LocalStack, down
 from tide_pipeline.stack.measure import PhaseMeasurement, measure_phase
 from tide_pipeline.stack.outcome import DemoOutcome, print_outcome, report_of
 from tide_pipeline.stack.runs import RunView, runs_of
-from tide_pipeline.stack.stages import detection_of, stages_of
+from tide_pipeline.stack.stages import detection_of, in_order, stages_of
 from tide_pipeline.stack.traffic import Traffic, TrafficDefaults
 from tide_pipeline.stack.view import ViewState, render
 from tide_pipeline.workloads.prompts import Prompt, domain_prompts
@@ -114,8 +114,8 @@ class Demo:
         self._until_adapted(shifted[2 * n :])
         self._phase("adapted")
         self._measure("adapted", shifted[:n] if plan.same_prompts else shifted[n : 2 * n])
-        return DemoOutcome(self.config, self.phases, self.failed, self.collected(), self.stages_s, self.verdict, self.run, self.marks,
-                           self.began, self.stack.urls())
+        return DemoOutcome(self.config, self.phases, self.failed, self.collected(), in_order(self.stages_s), self.verdict, self.run,
+                           self.marks, self.began, self.stack.urls())
 
     def collected(self) -> int:
         """Token rows in the lake."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tide_pipeline.stack.runs import RunView
 
+ORDER = ("detect", "collect", "start", "train", "register", "build", "gate", "bake", "roll out")
 DRIFTED_AT = "tide/drifted_at"     # tag of a run that the drift sensor asked for: when it was judged, Unix seconds
 
 
@@ -20,6 +21,11 @@ def detection_of(run: RunView | None, shifted_at: float) -> dict[str, float]:
         return {}
     drifted_at = max(float(run.tags[DRIFTED_AT]), shifted_at)
     return {"detect": drifted_at - shifted_at, "collect": run.created - drifted_at}
+
+
+def in_order(stages: dict[str, float]) -> dict[str, float]:
+    """As they follow each other, whenever each was heard of."""
+    return {stage: stages[stage] for stage in sorted(stages, key=lambda s: ORDER.index(s) if s in ORDER else len(ORDER))}
 
 
 def stages_of(run: RunView | None, training: Path, shifted_at: float = 0.0) -> dict[str, float]:
