@@ -13,7 +13,7 @@ help:
 	@echo "make demo      install into $(VENV), then run the whole loop once (DEMO_ARGS passes options)"
 	@echo "make test      install into $(VENV), then lint, types and all tests, the end-to-end test included"
 	@echo "make unit      fast tests only"
-	@echo "make faults    kill every part of real stacks and see them come back (13 minutes on two cores)"
+	@echo "make faults    kill every part of real stacks and see them come back (15 minutes on two cores)"
 	@echo "make gpu       tests that need a GPU"
 	@echo "make bench-quick   run each benchmark for a few seconds: that it works, not how fast it is"
 	@echo "make clean     stop stacks that are still up (a kept demo's too), remove $(VENV) and the state in .tide/"
