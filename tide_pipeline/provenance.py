@@ -61,6 +61,15 @@ def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
     write_atomic(path, (json.dumps(value, indent=2, default=str) + "\n").encode(), exclusive=exclusive)
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """A JSON object, for who goes on without it: {} where it is not there, can't be read or is something else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def birth_certificate(**facts: Any) -> dict[str, Any]:
     """What made an artefact: the given facts, then time, code revision, versions and machine (no paths, no names)."""
     return {**facts, "created_at": time.time(), "git_sha": _git_sha(), "git_changes": _git_changes(), "packages": _versions(),

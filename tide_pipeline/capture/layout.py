@@ -60,7 +60,7 @@ def live_shards(root: Root, target: str, since: float | None = None, until: floa
     """Complete shards of `root` (a dataset's folder or s3:// URI) that count, oldest first; [] where there are none.
 
     With `since` (Unix seconds), those that can hold rows closed at or after it; with `until`, those of hours that began before it.
-    Raises LakeAway when the lake can't be listed.
+    Raises LakeError when the lake can't be listed; LakeAway, which is one, when waiting may help.
     """
     return survey(root, target, since, until).live
 

@@ -15,13 +15,12 @@ from tide_pipeline.defs.adaptation import Adaptation
 from tide_pipeline.defs.limits import AWAY_S, AWAY_TRIES
 from tide_pipeline.errors import SettingsError
 from tide_pipeline.recipes import freeze
+from tide_pipeline.training.launch import AWAY, STOPPED
 
 __all__ = ["DagsterPipesExecutionError", "after_a_failed_training", "last_words_of", "times_waited", "training_command",
            "training_environment"]
 
-STOPPED = 130                              # exit code of a trainer that was told to stop and left a checkpoint
 CRASHED_S = 1.0                            # before one that crashed is started again
-AWAY = 75                                  # of one that found the lake's storage away
 
 
 def training_command(adaptation: Adaptation, champion: EngineBuild | None) -> list[str]:

@@ -11,7 +11,7 @@ from tide_pipeline.config import TideConfig
 from tide_pipeline.contracts import GateVerdict
 from tide_pipeline.errors import GateNotPassed
 from tide_pipeline.gate.run import load_report
-from tide_pipeline.report.training_folder import read_record
+from tide_pipeline.provenance import read_record
 
 
 def gate_verdicts(config: TideConfig) -> list[tuple[float, str, GateVerdict]]:

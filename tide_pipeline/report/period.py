@@ -16,11 +16,11 @@ from tide_pipeline.deployment.builds import list_builds
 from tide_pipeline.deployment.record import DeploymentRecord
 from tide_pipeline.drift.judge import judge_drift
 from tide_pipeline.drift.series import acceptance_series
-from tide_pipeline.provenance import birth_certificate
+from tide_pipeline.provenance import birth_certificate, read_record
 from tide_pipeline.report.data import ReportData, Span, Trained
 from tide_pipeline.report.gates import gate_verdicts, within
 from tide_pipeline.report.savings import Savings, find_savings
-from tide_pipeline.report.training_folder import TrainingFolder, read_record, training_folders
+from tide_pipeline.report.training_folder import TrainingFolder, training_folders
 from tide_pipeline.report.trainings import drifts_of, trainings_of
 from tide_pipeline.rollout.history import began_of, is_under_way, rest_of
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_pipeline.config import TideConfig
+from tide_pipeline.provenance import read_record
 
 BY_HAND = "by hand"
 
@@ -117,15 +118,6 @@ def training_folders(config: TideConfig) -> list[TrainingFolder]:
     """Of the target, and those that don't tell whose they are. Folders in which nothing was trained are passed over."""
     folders = [TrainingFolder(path) for path in sorted(config.state.training.glob("*/"))]
     return [f for f in folders if ("begun" in f.marks or f.progress or f.checkpoint) and f.target in ("", config.target)]
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """{} where it is not there or can't be read: a page for people fails for none of them."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def number(record: Mapping[str, Any], name: str) -> float:

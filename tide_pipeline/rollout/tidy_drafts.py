@@ -8,7 +8,6 @@ that were trained on deleted windows read them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tide_pipeline.config import RetentionSettings, TideConfig
 from tide_pipeline.deployment.builds import list_builds
 from tide_pipeline.deployment.record import read_observed
 from tide_pipeline.errors import BuildError, SettingsError
+from tide_pipeline.provenance import read_record
 from tide_pipeline.registry.expiry import expire, keep, look, remove_bytes
 from tide_pipeline.registry.registry import RegisteredDraft, Registry
 from tide_pipeline.registry.shipped import LABEL
@@ -105,7 +105,7 @@ def _built(config: TideConfig) -> set[str]:
 
 def _used_versions(config: TideConfig, in_use: InUse) -> set[int]:
     """That the adaptations of these runs have registered or begun with."""
-    found = (_read(config.state.training / run_id / "registered.json").get("version") for run_id in in_use.runs)
+    found = (read_record(config.state.training / run_id / "registered.json").get("version") for run_id in in_use.runs)
     return {version for version in found if isinstance(version, int)}
 
 
@@ -137,11 +137,3 @@ def _last_written(folder: Path) -> float:
 def _is_only_copy(folder: Path) -> bool:
     """A draft that was trained and never reached MLflow: re-executing its run, or `tide register`, still can."""
     return (folder / "draft" / "checkpoint.json").is_file() and not (folder / "registered.json").is_file()
-
-
-def _read(file: Path) -> dict[str, object]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

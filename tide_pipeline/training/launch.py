@@ -13,8 +13,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-STOPPED = 130
-AWAY = 75                          # EX_TEMPFAIL: the storage does not answer
+STOPPED = 130                      # exit code of a trainer that was told to stop, and left a checkpoint
+AWAY = 75                          # EX_TEMPFAIL: the lake's storage does not answer
 PATIENCE_S = 15.0                  # for the others to end by themselves once one has
 
 
